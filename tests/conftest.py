@@ -1,0 +1,77 @@
+"""How the tests run the scripts: as a user does, in a process of their own and an empty folder."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import mlflow
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = ("hyperparameter_tuning.py", "model_comparison.py", "production_deployment.py")
+
+
+def user_env(**extra):
+    """Return the environment of a user: this one without MLflow's settings, which tests may set."""
+    env = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW")}
+    # The commands that the guide prints (mlflow …, python …) are those of this environment.
+    env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
+    return env | extra
+
+
+def run(script, *args, cwd, timeout=120, **env):
+    """Run a script of the collection in the folder `cwd` and return the finished process."""
+    return subprocess.run(
+        [sys.executable, ROOT / script, *args],
+        cwd=cwd,
+        env=user_env(**env),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        stdin=subprocess.DEVNULL,
+    )
+
+
+def assert_success(process):
+    """A success says nothing on stderr: a reader must not learn to ignore what stands there."""
+    assert (process.returncode, process.stderr) == (0, "")
+
+
+def assert_one_line(process, *words, code=2):
+    """Bad input ends in one line on stderr that has these words, and in this exit code."""
+    assert process.returncode == code, process.stderr
+    assert process.stderr.count("\n") == 1, process.stderr
+    for word in words:
+        assert word in process.stderr
+
+
+def store(folder):
+    """Point this process at the store in the folder; return a client of it."""
+    mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
+    return mlflow.MlflowClient()
+
+
+def children(parent):
+    """Return the child runs of a run, by their name."""
+    runs = mlflow.MlflowClient().search_runs(
+        [parent.info.experiment_id],
+        f"tags.mlflow.parentRunId = '{parent.info.run_id}'",
+        max_results=5000,
+    )
+    return {run.info.run_name: run for run in runs}
+
+
+def parents(experiment):
+    """Return the top-level runs of an experiment, oldest first."""
+    runs = mlflow.search_runs(
+        experiment_names=[experiment], order_by=["start_time ASC"], output_format="list"
+    )
+    return [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+
+
+@pytest.fixture(scope="session")
+def main_job(tmp_path_factory):
+    """The README's main job in an empty folder, done twice: the folder, and what was printed."""
+    folder = tmp_path_factory.mktemp("main-job")
+    return folder, [[run(script, cwd=folder) for script in SCRIPTS] for _ in range(2)]
