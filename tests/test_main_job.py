@@ -1,0 +1,296 @@
+"""The main job: three scripts in an empty folder, twice; is what they print and leave true?"""
+
+import ast
+import re
+import socket
+from pathlib import Path
+
+import mlflow
+import pytest
+from conftest import (
+    ROOT,
+    SCRIPTS,
+    assert_one_line,
+    assert_success,
+    children,
+    parents,
+    run,
+    store,
+)
+from sklearn.datasets import load_breast_cancer
+from sklearn.ensemble import HistGradientBoostingClassifier, RandomForestClassifier
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import accuracy_score, precision_recall_fscore_support
+from sklearn.model_selection import (
+    ParameterGrid,
+    StratifiedKFold,
+    cross_val_score,
+    train_test_split,
+)
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.svm import SVC
+
+GRID = {
+    "max_depth": [1, 3, 9],
+    "max_features": [0.1, 0.3, 0.9],
+    "n_estimators": [20, 100, 300],
+}
+CANDIDATES = {
+    "random_forest": RandomForestClassifier(random_state=42),
+    "gradient_boosting": HistGradientBoostingClassifier(random_state=42),
+    "logistic_regression": make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)),
+    "svm": make_pipeline(StandardScaler(), SVC()),
+}
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """The rows by the stated convention, made without the scripts' own code."""
+    data = load_breast_cancer(as_frame=True)
+    labels = data.target.map({0: "malignant", 1: "benign"})
+    return train_test_split(data.data, labels, test_size=0.2, stratify=labels, random_state=42)
+
+
+def close(value):
+    return pytest.approx(value, abs=1e-9)
+
+
+def folds():
+    return StratifiedKFold(5, shuffle=True, random_state=42)
+
+
+def models_of(run_):
+    """Return the models logged in a run."""
+    return [mlflow.get_logged_model(output.model_id) for output in run_.outputs.model_outputs]
+
+
+def test_the_three_scripts_succeed_in_silence(main_job):
+    for processes in main_job[1]:
+        for process in processes:
+            assert_success(process)
+
+
+def test_the_store_holds_what_is_promised_and_no_more(main_job):
+    folder, _ = main_job
+    store(folder)
+    experiments = {experiment.name for experiment in mlflow.search_experiments()}
+    assert experiments == {
+        "Default",
+        "hyperparameter-tuning",
+        "model-comparison",
+        "production-deployment",
+    }
+    assert parents("Default") == []
+    names = {f"coarse-{number:04}" for number in range(1, 28)}
+    for search in parents("hyperparameter-tuning"):
+        trials = children(search)
+        assert set(trials) == names and len(models_of(search)) == 1
+        for trial in trials.values():
+            assert trial.info.status == "FINISHED" and trial.outputs.model_outputs == []
+            assert set(trial.data.params) == set(GRID)
+            assert set(trial.data.metrics) == {"cv_accuracy", "cv_accuracy_std", "fit_seconds"}
+    scores = {"accuracy", "f1", "precision", "recall"}
+    for comparison in parents("model-comparison"):
+        candidates = children(comparison)
+        assert set(candidates) == set(CANDIDATES)
+        for candidate in candidates.values():
+            assert candidate.info.status == "FINISHED" and len(models_of(candidate)) == 1
+            assert candidate.data.metrics.keys() >= scores | {f"cv_{name}" for name in scores}
+            assert "fit_seconds" in candidate.data.metrics
+    for experiment in experiments - {"Default"}:
+        sessions = parents(experiment)
+        assert len(sessions) == 2
+        assert all(session.info.status == "FINISHED" for session in sessions)
+
+
+def test_every_model_gives_its_logged_hold_out_accuracy_again(main_job, rows):
+    store(main_job[0])
+    _, X_test, _, y_test = rows
+    logged = mlflow.search_logged_models(
+        [experiment.experiment_id for experiment in mlflow.search_experiments()],
+        output_format="list",
+    )
+    assert len(logged) == 2 * (1 + 4 + 1)
+    for model in logged:
+        metrics = {metric.key: metric for metric in model.metrics}
+        metric = metrics.get("test_accuracy") or metrics["accuracy"]
+        assert metric.dataset_name == "breast-cancer-test"
+        predicted = mlflow.pyfunc.load_model(model.model_uri).predict(X_test)
+        assert metric.value == close(accuracy_score(y_test, predicted))
+
+
+def test_every_model_is_safe_to_load_and_ready_to_serve(main_job):
+    store(main_job[0])
+    for model in mlflow.search_logged_models(
+        [experiment.experiment_id for experiment in mlflow.search_experiments()],
+        output_format="list",
+    ):
+        info = mlflow.models.get_model_info(model.model_uri)
+        assert model.name == "model"
+        assert info.flavors["sklearn"]["serialization_format"] == "skops"
+        assert len(info.signature.inputs.inputs) == 30 and info.signature.outputs is not None
+        assert info.saved_input_example_info["serving_input_path"]
+        files = Path(mlflow.artifacts.download_artifacts(model.model_uri))
+        requirements = (files / "requirements.txt").read_text().split()
+        assert all(re.fullmatch(r"[a-z-]+==[\d.]+", line) for line in requirements), requirements
+        packages = {line.split("==")[0] for line in requirements}
+        assert packages >= {"mlflow", "scikit-learn", "skops", "pandas", "numpy"}
+
+
+def test_tuning_scores_are_those_of_scikit_learn_and_the_best_wins(main_job, rows):
+    folder, sessions = main_job
+    store(folder)
+    X_train, X_test, y_train, y_test = rows
+    grid = list(ParameterGrid(GRID))
+    for search, processes in zip(parents("hyperparameter-tuning"), sessions, strict=True):
+        trials = children(search)
+        for number in (1, 13, 22):  # cheap ones; every trial takes the same way
+            trial = trials[f"coarse-{number:04}"].data
+            assert trial.params == {key: str(value) for key, value in grid[number - 1].items()}
+            model = RandomForestClassifier(**grid[number - 1], random_state=42)
+            scores = cross_val_score(model, X_train, y_train, cv=folds())
+            assert trial.metrics["cv_accuracy"] == close(scores.mean())
+            assert trial.metrics["cv_accuracy_std"] == close(scores.std())
+        ranked = sorted(trials.items(), key=lambda t: (-t[1].data.metrics["cv_accuracy"], t[0]))
+        best = ranked[0][1].data
+        params, metrics = search.data.params, search.data.metrics
+        assert {key: params[f"best_{key}"] for key in GRID} == best.params
+        assert metrics["best_cv_accuracy"] == best.metrics["cv_accuracy"]
+        best_params = grid[int(ranked[0][0][-4:]) - 1]
+        model = RandomForestClassifier(**best_params, random_state=42).fit(X_train, y_train)
+        assert metrics["test_accuracy"] == close(model.score(X_test, y_test))
+
+        printed = processes[0].stdout
+        for name, trial in trials.items():
+            score = f"{trial.data.metrics['cv_accuracy']:.4f}"
+            assert re.search(rf"^ *\d+/27 .* {name} .*{score}", printed, re.M)
+        table = printed.split("The five best of 27")[1].split("\n")[2:7]
+        for line, (name, trial) in zip(table, ranked[:5], strict=True):
+            assert line.split()[:2] == [name, f"{trial.data.metrics['cv_accuracy']:.4f}"]
+        assert f"Hold-out accuracy:  {metrics['test_accuracy']:.4f}" in printed
+        assert "  ".join(f"{key}={value}" for key, value in best.params.items()) in printed
+
+
+def test_tuning_logs_each_trial_as_soon_as_it_has_finished(main_job):
+    store(main_job[0])
+    for search in parents("hyperparameter-tuning"):
+        ends = sorted(trial.info.end_time for trial in children(search).values())
+        assert ends[13] - ends[0] > 0.2 * (search.info.end_time - search.info.start_time)
+
+
+def test_comparison_scores_are_those_of_scikit_learn(main_job, rows):
+    folder, sessions = main_job
+    store(folder)
+    X_train, X_test, y_train, y_test = rows
+    for comparison, processes in zip(parents("model-comparison"), sessions, strict=True):
+        candidates = children(comparison)
+        for name, model in CANDIDATES.items():
+            metrics = candidates[name].data.metrics
+            predicted = model.fit(X_train, y_train).predict(X_test)
+            macro = precision_recall_fscore_support(y_test, predicted, average="macro")
+            assert metrics["accuracy"] == close(accuracy_score(y_test, predicted))
+            for key, value in zip(("precision", "recall", "f1"), macro, strict=False):
+                assert metrics[key] == close(value)
+            row = next(r for r in processes[1].stdout.splitlines() if r.strip().startswith(name))
+            for key in ("accuracy", "f1", "precision", "recall"):
+                assert f"{metrics[key]:.4f}" in row or f"{metrics[key]:.3f}" in row
+        ranked = sorted(candidates, key=lambda n: (-candidates[n].data.metrics["cv_accuracy"], n))
+        assert comparison.data.params["best_model"] == ranked[0]
+        assert re.search(rf"Best model:\s+{ranked[0]}\b", processes[1].stdout)
+
+
+def test_the_second_session_gives_the_same_answers(main_job):
+    """Same winners, same scores, in print and in the store; only measured times may differ."""
+
+    (first, _, third), (fourth, _, sixth) = main_job[1]
+    pattern = re.compile(r"(coarse-\d+  accuracy [\d.]+ ± [\d.]+)")
+    assert sorted(pattern.findall(first.stdout)) == sorted(pattern.findall(fourth.stdout))
+    for one, two in ((first, fourth), (third, sixth)):
+        for word in ("Hold-out accuracy", "Best parameters", "   accuracy"):
+            assert [x for x in one.stdout.splitlines() if x.startswith(word)] == [
+                x for x in two.stdout.splitlines() if x.startswith(word)
+            ]
+    store(main_job[0])
+    for experiment in ("hyperparameter-tuning", "model-comparison", "production-deployment"):
+        before, after = parents(experiment)
+        for one, two in [(before, after), *zip_children(before, after)]:
+            measured = re.compile("second|latency|size")
+            assert {k: v for k, v in one.data.metrics.items() if not measured.search(k)} == {
+                k: v for k, v in two.data.metrics.items() if not measured.search(k)
+            }
+
+
+def zip_children(before, after):
+    one, two = children(before), children(after)
+    assert set(one) == set(two)
+    return [(one[name], two[name]) for name in one]
+
+
+def test_the_production_model_is_version_2_by_alias_and_by_stage(main_job, rows):
+    client = store(main_job[0])
+    _, X_test, _, y_test = rows
+    name = "breast-cancer-classifier"
+    versions = {v.version: v for v in client.search_model_versions(f"name = '{name}'")}
+    assert {str(number) for number in versions} == {"1", "2"}
+    for alias in ("staging", "production"):
+        assert str(client.get_model_version_by_alias(name, alias).version) == "2"
+    stages = {str(number): v.current_stage for number, v in versions.items()}
+    assert stages == {"1": "Archived", "2": "Production"}
+    expected = None
+    for uri in (f"models:/{name}@production", f"models:/{name}/Production"):
+        predicted = list(mlflow.pyfunc.load_model(uri).predict(X_test))
+        assert expected in (None, predicted)
+        expected = predicted
+    printed = main_job[1][1][2].stdout
+    actual_beside_predicted = re.findall(r"(benign|malignant) +(benign|malignant)$", printed, re.M)
+    assert (
+        actual_beside_predicted
+        == list(zip(y_test, expected, strict=True))[: len(actual_beside_predicted)]
+    )
+    assert len(actual_beside_predicted) >= 3
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_says_what_the_script_does_and_leaves(script, tmp_path):
+    process = run(script, "--help", cwd=tmp_path)
+    assert_success(process)
+    assert "It leaves this in the store" in process.stdout and "experiment" in process.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_an_absent_tracking_server_ends_in_one_line(script, tmp_path):
+    with socket.socket() as probe:  # a port on which nothing listens
+        probe.bind(("127.0.0.1", 0))
+        uri = f"http://127.0.0.1:{probe.getsockname()[1]}"
+    assert_one_line(run(script, cwd=tmp_path, timeout=10, MLFLOW_TRACKING_URI=uri), uri, "start it")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tracking_server_that_hangs_ends_in_one_line(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes calls and never answers
+        uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        process = run(SCRIPTS[0], cwd=tmp_path, timeout=15, MLFLOW_TRACKING_URI=uri)
+    assert_one_line(process, uri, "timed out")
+
+
+def test_the_scripts_share_conventions_and_nothing_else():
+    """Each script stands alone; what they have in common is the same to the letter."""
+    texts = [(ROOT / script).read_text() for script in SCRIPTS]
+    trees = [ast.parse(text) for text in texts]
+    shared = ("load_data", "as_dataset", "open_store", "log_model", "print_where_to_look")
+    for name in shared:
+        copies = {
+            ast.get_source_segment(text, node)
+            for text, tree in zip(texts, trees, strict=True)
+            for node in tree.body
+            if isinstance(node, ast.FunctionDef) and node.name == name
+        }
+        assert len(copies) == 1, name
+    for setting in ("SEED = 42", "TEST_SIZE = 0.2", "FOLDS = 5", "PACKAGES = ["):
+        assert all(f"\n{setting}" in text for text in texts), setting
+    own = {script.removesuffix(".py") for script in SCRIPTS}
+    for text in texts:
+        assert len(text.splitlines()) <= 300, "a script is to be read in ten minutes"
+        assert not own & set(re.findall(r"^(?:import|from) (\w+)", text, re.M))
