@@ -13,15 +13,17 @@ It leaves this in the store (sqlite:///mlflow.db, or MLFLOW_TRACKING_URI where t
         └── …             and so on to coarse-0027; with --refine also refine-0001 and up
 """
 
-import argparse
 import logging
 import os
 import sys
 import time
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from importlib.metadata import version
 from urllib.request import urlopen
 
 import mlflow
+import numpy as np
+import pandas as pd
 from joblib import Parallel, delayed, parallel_config
 from matplotlib.figure import Figure
 from mlflow.exceptions import MlflowException
@@ -67,73 +69,78 @@ def open_store(experiment):
     return mlflow.set_experiment(experiment).experiment_id
 
 
-def describe(params):
-    return "  ".join(f"{name}={value}" for name, value in params.items())
-
-
 def run_trial(name, params, X, y):
     """Cross-validate one combination; return its name, its metrics and the error if it raised."""
     folds = StratifiedKFold(FOLDS, shuffle=True, random_state=SEED)
+    model = RandomForestClassifier(**params, random_state=SEED)
     try:
-        model = RandomForestClassifier(**params, random_state=SEED)
         scores = cross_validate(model, X, y, cv=folds, scoring="accuracy", error_score="raise")
     except Exception as error:  # one bad combination must not end the search
         return name, {}, f"{type(error).__name__}: {error}"
-    return (
-        name,
-        {
-            # Rounded, so that equal scores are equal: the last bits depend on the order of the sum.
-            "cv_accuracy": round(scores["test_score"].mean(), 12),
-            "cv_accuracy_std": round(scores["test_score"].std(), 12),
-            "fit_seconds": scores["fit_time"].mean(),  # for one fit: the mean over the folds
-        },
-        None,
-    )
+    metrics = {
+        # Rounded, so that equal scores are equal: the last bits depend on the order of the sum.
+        "cv_accuracy": round(scores["test_score"].mean(), 12),
+        "cv_accuracy_std": round(scores["test_score"].std(), 12),
+        "fit_seconds": scores["fit_time"].mean(),  # for one fit: the mean over the folds
+    }
+    return name, metrics, None
 
 
-def search(combinations, X, y, dataset):
-    """Try the combinations (name: parameters); each becomes a child of the active run.
+def search(combinations, parent, X, y, dataset):
+    """Try the combinations (name: parameters) that the active parent run has no result for yet.
 
     The workers train while this process logs each trial as soon as it has finished, so tracking
     costs next to nothing. The longest go first: one that came last would leave the cores idle.
     """
+    done = set(finished_trials(parent).get("trial", []))
+    todo = {name: params for name, params in combinations.items() if name not in done}
     results = Parallel(n_jobs=-1, return_as="generator_unordered")(
-        delayed(run_trial)(name, params, X, y) for name, params in reversed(combinations.items())
+        delayed(run_trial)(name, params, X, y) for name, params in reversed(todo.items())
     )
     start = time.perf_counter()
-    for done, (name, metrics, error) in enumerate(results, 1):
-        tags = {"stage": name.split("-")[0], "error": error or "none"}
-        with mlflow.start_run(run_name=name, nested=True, tags=tags):
-            mlflow.log_params(combinations[name])
+    for number, (name, metrics, error) in enumerate(results, 1):
+        with mlflow.start_run(run_name=name, nested=True, tags={"stage": name.split("-")[0]}):
+            mlflow.log_params(todo[name])
             mlflow.log_metrics(metrics, dataset=dataset)
             if error:
+                mlflow.set_tag("error", error)
                 mlflow.end_run("FAILED")
-        left = (time.perf_counter() - start) / done * (len(combinations) - done)
+        left = (time.perf_counter() - start) / number * (len(todo) - number)
         result = error or "accuracy {cv_accuracy:.4f} ± {cv_accuracy_std:.4f}".format(**metrics)
-        print(f"{done:3}/{len(combinations)}  {left:3.0f} s left  {name}  {result}", end="  ")
-        print(describe(combinations[name]), flush=True)
+        print(
+            f"{number:3}/{len(todo)} {left:4.0f} s left  {name}  {result}  {todo[name]}", flush=True
+        )
 
 
-def children(experiment_id, parent_id):
-    """Return the parent's trials as a DataFrame, best first; with equal scores, by their name."""
-    runs = mlflow.search_runs(
-        [experiment_id],
-        filter_string=f"tags.mlflow.parentRunId = '{parent_id}'",
+def trial_runs(parent, condition):
+    """Return the parent's children that meet the condition, best first; with equal scores, by name.
+
+    The store sorts and mlflow.search_runs turns its pages: right for any number of trials.
+    """
+    return mlflow.search_runs(
+        [parent.info.experiment_id],
+        f"tags.mlflow.parentRunId = '{parent.info.run_id}' AND {condition}",
         order_by=["metrics.cv_accuracy DESC", "attributes.run_name ASC"],
+        output_format="list",
     )
-    return runs.rename(columns=lambda name: name.removeprefix("tags.mlflow.").split(".")[-1])
+
+
+def finished_trials(parent):
+    """Return a DataFrame of the parent's finished trials, best first."""
+    runs = trial_runs(parent, "attributes.status = 'FINISHED'")
+    return pd.DataFrame({"trial": r.info.run_name, **r.data.metrics, **r.data.params} for r in runs)
 
 
 def refinement(best, grid):
-    """Return the combinations of the best values and those half-way to their neighbours."""
+    """Return the combinations of the best numbers and those half-way to their grid neighbours."""
     axes = {}
     for name, values in grid.items():
         axes[name] = [best[name]]
         if all(type(value) in (int, float) for value in values):
-            i = values.index(best[name])
-            near = values[max(i - 1, 0) : i + 2]
-            axes[name] = sorted({type(v)((v + best[name]) / 2) for v in near})
-    return [params for params in ParameterGrid(axes) if params != best]
+            i = sorted(values).index(best[name])
+            near = sorted(values)[max(i - 1, 0) : i + 2]  # so the grid's bounds are kept to
+            axes[name] = sorted({type(value)((value + best[name]) / 2) for value in near})
+    return [params for params in ParameterGrid(axes) if params not in list(ParameterGrid(grid))]
 
 
 def cheapest_within_one_se(trials):
@@ -147,18 +154,20 @@ def cheapest_within_one_se(trials):
     return close.sort_values("fit_seconds").iloc[0]
 
 
-def heat_map(trials, grid):
+def heat_map(trials, combinations):
     """Return a figure of the mean accuracies: the last parameter across, the others down."""
-    *down, across = grid
-    table = trials.astype(dict.fromkeys(grid, float)).pivot(
-        index=down, columns=across, values="cv_accuracy"
-    )
+    table = pd.DataFrame.from_dict(combinations, orient="index")
+    *down, across = table.columns
+    table["accuracy"] = trials.set_index("trial")["cv_accuracy"]
+    table = table.pivot_table("accuracy", index=down, columns=across)
     figure = Figure(figsize=(7, 2 + len(table) / 2), layout="constrained")
     axes = figure.subplots()
-    figure.colorbar(axes.imshow(table, aspect="auto"), label=f"accuracy, mean of {FOLDS} folds")
-    axes.set(xlabel=across, ylabel=", ".join(down), title="Accuracy of every combination")
+    axes.imshow(table, aspect="auto", cmap="Blues", alpha=0.6)
+    axes.set(xlabel=across, ylabel=", ".join(down), title=f"Accuracy, mean over {FOLDS} folds")
     axes.set_xticks(range(table.shape[1]), table.columns)
     axes.set_yticks(range(table.shape[0]), table.index)
+    for (row, column), accuracy in np.ndenumerate(table):
+        axes.text(column, row, f"{accuracy:.4f}", ha="center", va="center")
     return figure
 
 
@@ -185,9 +194,7 @@ def print_where_to_look(experiment_id):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--refine", action="store_true", help="go on with a finer grid")
     parser.add_argument("--resume", metavar="RUN_ID", help="continue a search that was cut short")
     parser.add_argument("--scheduler", metavar="ADDRESS", help="train on this Dask cluster")
@@ -198,83 +205,76 @@ def main():
     )
     train = as_dataset(X_train, y_train, f"{data_name}-train")
     test = as_dataset(X_test, y_test, f"{data_name}-test")
-    coarse = {f"coarse-{i:04}": params for i, params in enumerate(ParameterGrid(PARAM_GRID), 1)}
     plan = {"grid": str(PARAM_GRID), "rows": train.digest}
     try:
+        coarse = {f"coarse-{i:04}": params for i, params in enumerate(ParameterGrid(PARAM_GRID), 1)}
         RandomForestClassifier().set_params(**coarse["coarse-0001"])  # raises if one is unknown
         if args.scheduler:
             from dask.distributed import Client
 
             Client(args.scheduler, timeout=5)
-        experiment_id = open_store(EXPERIMENT)
-        if args.resume and not plan.items() <= mlflow.get_run(args.resume).data.params.items():
-            raise ValueError(f"{args.resume} is not a search of this grid on these rows")
+        open_store(EXPERIMENT)
+        if args.resume:
+            session = mlflow.get_run(args.resume)
+            if not plan.items() <= session.data.params.items():
+                raise ValueError(f"{args.resume} is not a search of this grid on these rows")
+            if session.info.status == "FINISHED":
+                raise ValueError(f"{args.resume} is complete, there is nothing to resume")
+            for run in trial_runs(session, "attributes.status != 'FINISHED'"):
+                mlflow.delete_run(run.info.run_id)  # it was cut short or failed: try it again
     except (ImportError, OSError, ValueError, MlflowException) as error:
-        parser.exit(2, f"{parser.prog}: {str(error).splitlines()[0]}\n")
+        hint = ": pip install distributed" if isinstance(error, ImportError) else ""
+        parser.exit(2, f"{parser.prog}: {str(error).splitlines()[0]}{hint}\n")
 
-    start = time.perf_counter()
+    start, combinations = time.perf_counter(), coarse
     with (
         parallel_config("dask" if args.scheduler else "loky"),
         mlflow.start_run(run_id=args.resume, run_name="grid-search") as parent,
     ):
-        parent_id = parent.info.run_id
         mlflow.log_params(plan)
         mlflow.log_input(train, context="training")
-        done = {}
-        if args.resume:
-            runs = children(experiment_id, parent_id)
-            for run_id in runs.loc[runs["status"] != "FINISHED", "run_id"]:
-                mlflow.delete_run(run_id)  # it was cut short, or failed: try it again
-            done = set(runs.loc[runs["status"] == "FINISHED", "runName"])
         try:
-            combinations = coarse
-            search({n: p for n, p in coarse.items() if n not in done}, X_train, y_train, train)
-            trials = children(experiment_id, parent_id)
-            if args.refine:
-                fine = refinement(coarse[trials.iloc[0]["runName"]], PARAM_GRID)
-                fine = {f"refine-{i:04}": params for i, params in enumerate(fine, 1)}
-                combinations = coarse | fine
-                search({n: p for n, p in fine.items() if n not in done}, X_train, y_train, train)
-                trials = children(experiment_id, parent_id)
+            search(coarse, parent, X_train, y_train, train)
+            trials = finished_trials(parent)
+            if args.refine and len(trials):
+                finer = refinement(coarse[trials["trial"][0]], PARAM_GRID)
+                combinations = coarse | {f"refine-{i:04}": p for i, p in enumerate(finer, 1)}
+                search(combinations, parent, X_train, y_train, train)
+                trials = finished_trials(parent)
         except KeyboardInterrupt:
             mlflow.end_run("KILLED")
-            command = f"python {sys.argv[0]} {'--refine ' * args.refine}--resume {parent_id}"
-            parser.exit(130, f"\nStopped. What has finished is kept; go on with: {command}\n")
-        trials = trials[trials["status"] == "FINISHED"]
+            command = f"python {' '.join(sys.argv)} --resume {parent.info.run_id}"
+            parser.exit(130, f"\nStopped. The finished trials are kept; to go on: {command}\n")
         if trials.empty:
             mlflow.end_run("FAILED")
-            parser.exit(
-                1, f"All {len(combinations)} trials failed; the runs' tag `error` says why\n"
-            )
+            parser.exit(1, f"All {len(combinations)} trials failed; their tag `error` says why\n")
 
         best, cheap = trials.iloc[0], cheapest_within_one_se(trials)
-        best_params = combinations[best["runName"]]
+        best_params = combinations[best["trial"]]
         model = RandomForestClassifier(**best_params, random_state=SEED).fit(X_train, y_train)
         model_id = log_model(model, X_train).model_id
         mlflow.log_params({f"best_{name}": value for name, value in best_params.items()})
-        mlflow.set_tag("cheapest_within_one_se", cheap["runName"])
         scores = {"best_cv_accuracy": best["cv_accuracy"]}
         mlflow.log_metrics(scores, model_id=model_id, dataset=train)
         mlflow.log_input(test, context="testing")
         scores = {"test_accuracy": model.score(X_test, y_test)}
         mlflow.log_metrics(scores, model_id=model_id, dataset=test)
         mlflow.log_metric("search_seconds", time.perf_counter() - start)
-        mlflow.log_figure(heat_map(trials[trials["stage"] == "coarse"], PARAM_GRID), "grid.png")
-        table = trials[["runName", "cv_accuracy", "cv_accuracy_std", "fit_seconds", *PARAM_GRID]]
-        mlflow.log_text(table.to_csv(index=False), "trials.csv")
+        mlflow.log_text(trials.to_csv(index=False), "trials.csv")
+        mlflow.log_figure(heat_map(trials, coarse), "grid.png")
 
-    metrics = mlflow.get_run(parent_id).data.metrics
+    metrics = mlflow.get_run(parent.info.run_id).data.metrics
     print(f"\nThe five best of {len(trials)} trials, by their mean accuracy over {FOLDS} folds:")
-    print(table.head().to_string(index=False, float_format="{:.4f}".format))
-    print(f"\nBest parameters:    {describe(best_params)}")
-    print(f"Hold-out accuracy:  {metrics['test_accuracy']:.4f}")
-    saved = 1 - cheap["fit_seconds"] / best["fit_seconds"]
+    print(trials.head().to_string(index=False, float_format="{:.4f}".format))
+    print(f"\nBest parameters:   {best_params}")
+    print(f"Hold-out accuracy: {metrics['test_accuracy']:.4f}")
+    share = cheap["fit_seconds"] / best["fit_seconds"]
     print(
-        f"Within one standard error of the best and {saved:.0%} cheaper to fit: {cheap['runName']}"
+        f"Cheapest within one standard error: {cheap['trial']}, at {share:.0%} of the time to fit"
     )
     compute = trials["fit_seconds"].sum() * FOLDS
-    print(f"Cost:               {compute:.0f} s of fitting in {metrics['search_seconds']:.0f} s")
-    print_where_to_look(experiment_id)
+    print(f"Cost: {compute:.0f} s of fitting in {metrics['search_seconds']:.0f} s")
+    print_where_to_look(parent.info.experiment_id)
     print("Next:  python model_comparison.py")
 
 

@@ -33,6 +33,14 @@ def run(script, *args, cwd, timeout=120, **env):
     )
 
 
+def edited(folder, script, **settings):
+    """Write a copy of a script into the folder, with other settings at its top; return its path."""
+    text = (ROOT / script).read_text()
+    lines = "".join(f"{name} = {value!r}\n" for name, value in settings.items())
+    (folder / script).write_text(text.replace("\n\ndef load_data", f"{lines}\n\ndef load_data", 1))
+    return folder / script
+
+
 def assert_success(process):
     """A success says nothing on stderr: a reader must not learn to ignore what stands there."""
     assert (process.returncode, process.stderr) == (0, "")

@@ -1,0 +1,306 @@
+"""Hyperparameter tuning: refinement, cost, failures, interruptions, resuming, a Dask cluster."""
+
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from itertools import pairwise
+
+import mlflow
+import pandas as pd
+import pytest
+from conftest import (
+    ROOT,
+    assert_one_line,
+    assert_success,
+    children,
+    edited,
+    parents,
+    run,
+    store,
+    user_env,
+)
+
+SCRIPT = "hyperparameter_tuning.py"
+SMALL_GRID = {"max_depth": [2, 8], "n_estimators": [5, 20, 80]}
+SLOW_GRID = {"max_depth": [2, 8], "n_estimators": [100, 150, 200, 250]}  # enough to interrupt
+
+
+def start(*command, cwd, **options):
+    """Start a command in the background, what it prints going to files; the caller ends it."""
+    with open(cwd / "stdout.txt", "w") as stdout, open(cwd / "stderr.txt", "w") as stderr:
+        return subprocess.Popen(
+            command, cwd=cwd, env=user_env(), stdout=stdout, stderr=stderr, **options
+        )
+
+
+def wait_until(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+    return value
+
+
+def finished(folder):
+    """Return the finished trials of the only session in the folder, by name."""
+    if "/8 " not in (folder / "stdout.txt").read_text():
+        return {}  # nobody may open a new store while its tables are being made
+    store(folder)
+    trials = children(parents("hyperparameter-tuning")[0])
+    return {name: trial for name, trial in trials.items() if trial.info.status == "FINISHED"}
+
+
+def scores(search):
+    """Return the parameters and the scores of each trial: what must not depend on the way."""
+    return {
+        name: (trial.info.status, trial.data.params, trial.data.metrics.get("cv_accuracy"))
+        for name, trial in children(search).items()
+    }
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """The search that the interrupted ones must equal."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    assert_success(run(edited(folder, SCRIPT, PARAM_GRID=SLOW_GRID), cwd=folder))
+    store(folder)
+    (search,) = parents("hyperparameter-tuning")
+    return search.data, scores(search)
+
+
+@pytest.fixture
+def assert_same_result(uninterrupted):
+
+    def check(folder):
+        """The only session in the folder ended as an uninterrupted one."""
+        expected, expected_scores = uninterrupted
+        store(folder)
+        (search,) = parents("hyperparameter-tuning")
+        assert search.info.status == "FINISHED"
+        assert scores(search) == expected_scores
+        assert search.data.params == expected.params
+        for metric in ("best_cv_accuracy", "test_accuracy"):
+            assert search.data.metrics[metric] == expected.metrics[metric]
+
+    return check
+
+
+@pytest.fixture(scope="module")
+def refined(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("refined")
+    script = edited(folder, SCRIPT, PARAM_GRID=SMALL_GRID)
+    return folder, script, run(script, "--refine", cwd=folder)
+
+
+def test_refinement_goes_on_around_the_best_and_tries_nothing_twice(refined):
+    folder, _, process = refined
+    assert_success(process)
+    store(folder)
+    (search,) = parents("hyperparameter-tuning")
+    trials = children(search)
+    coarse = {n: t for n, t in trials.items() if t.data.tags["stage"] == "coarse"}
+    fine = {n: t for n, t in trials.items() if t.data.tags["stage"] == "refine"}
+    assert len(coarse) == 6 and fine and len(coarse) + len(fine) == len(trials)
+    tried = [tuple(sorted(trial.data.params.items())) for trial in trials.values()]
+    assert len(tried) == len(set(tried))
+
+    best = min(coarse.items(), key=lambda t: (-t[1].data.metrics["cv_accuracy"], t[0]))[1]
+    for name, values in SMALL_GRID.items():
+        i = values.index(int(best.data.params[name]))
+        near = values[max(i - 1, 0) : i + 2]
+        allowed = set(near) | {(low + high) // 2 for low, high in pairwise(near)}
+        assert {int(trial.data.params[name]) for trial in fine.values()} <= allowed
+    winner = min(trials.items(), key=lambda t: (-t[1].data.metrics["cv_accuracy"], t[0]))[1]
+    assert (
+        search.data.params.items()
+        >= {f"best_{k}": v for k, v in winner.data.params.items()}.items()
+    )
+
+
+def test_the_cheapest_within_one_standard_error_is_named(refined):
+    folder, _, process = refined
+    store(folder)
+    (search,) = parents("hyperparameter-tuning")
+    metrics = {name: trial.data.metrics for name, trial in children(search).items()}
+    best = max(metrics.values(), key=lambda m: m["cv_accuracy"])
+    best = metrics[min(n for n, m in metrics.items() if m["cv_accuracy"] == best["cv_accuracy"])]
+    # The standard error of a mean of 5 is s / √5, where s has 4 degrees of freedom.
+    floor = best["cv_accuracy"] - best["cv_accuracy_std"] * (5 / 4) ** 0.5 / 5**0.5
+    close = {name: m for name, m in metrics.items() if m["cv_accuracy"] >= floor}
+    cheapest = min(close, key=lambda name: close[name]["fit_seconds"])
+    share = metrics[cheapest]["fit_seconds"] / best["fit_seconds"]
+    assert f"standard error: {cheapest}, at {share:.0%} of" in process.stdout
+
+
+def test_the_pictures_and_the_table_show_the_trials(refined):
+    folder, _, process = refined
+    store(folder)
+    (search,) = parents("hyperparameter-tuning")
+    artifacts = mlflow.artifacts.download_artifacts(run_id=search.info.run_id, dst_path=folder)
+    table = pd.read_csv(f"{artifacts}/trials.csv").set_index("trial")
+    for name, trial in children(search).items():
+        assert table.loc[name, "cv_accuracy"] == pytest.approx(
+            trial.data.metrics["cv_accuracy"], abs=1e-9
+        )
+    with open(f"{artifacts}/grid.png", "rb") as picture:
+        assert picture.read(8) == b"\x89PNG\r\n\x1a\n"
+    assert table.index[0] in process.stdout.split("The five best")[1].splitlines()[2]
+
+
+def test_a_trial_that_raises_is_a_failed_child_and_the_search_goes_on(tmp_path):
+    script = edited(tmp_path, SCRIPT, PARAM_GRID={"max_depth": [-1, 3], "n_estimators": [5]})
+    assert_success(run(script, cwd=tmp_path))
+    store(tmp_path)
+    (search,) = parents("hyperparameter-tuning")
+    trials = children(search)
+    assert trials["coarse-0001"].info.status == "FAILED"
+    assert "max_depth" in trials["coarse-0001"].data.tags["error"]
+    assert trials["coarse-0002"].info.status == "FINISHED"
+    assert search.data.params["best_max_depth"] == "3"
+
+
+def test_all_trials_raise(tmp_path):
+    script = edited(tmp_path, SCRIPT, PARAM_GRID={"max_depth": [-1, -2], "n_estimators": [5]})
+    assert_one_line(run(script, "--refine", cwd=tmp_path), "All 2 trials failed", code=1)
+    store(tmp_path)
+    (search,) = parents("hyperparameter-tuning")
+    assert search.info.status == "FAILED"
+    assert {trial.info.status for trial in children(search).values()} == {"FAILED"}
+
+
+@pytest.mark.parametrize("to_whom", ["process", "terminal"])
+def test_ctrl_c_keeps_what_has_finished_and_prints_how_to_go_on(
+    to_whom, tmp_path, assert_same_result
+):
+    script = edited(tmp_path, SCRIPT, PARAM_GRID=SLOW_GRID)
+    process = start(sys.executable, script, cwd=tmp_path, start_new_session=True)
+    wait_until(lambda: len(finished(tmp_path)) >= 2)
+    if to_whom == "process":
+        process.send_signal(signal.SIGINT)
+    else:  # a terminal sends it to the workers as well
+        os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(timeout=5) == 130
+    kept = finished(tmp_path)
+    (search,) = parents("hyperparameter-tuning")
+    assert search.info.status == "KILLED"
+    assert not [t for t in children(search).values() if t.info.status == "RUNNING"]
+    (line,) = (tmp_path / "stderr.txt").read_text().split("\n", 2)[1:-1]
+    command = re.search(r"to go on: (python .*)", line).group(1)
+    resumed = subprocess.run(
+        shlex.split(command), cwd=tmp_path, env=user_env(), capture_output=True, text=True
+    )
+    assert_success(resumed)
+    assert f"/{8 - len(kept)} " in resumed.stdout, "only what is missing is run"
+    assert_same_result(tmp_path)
+    again = finished(tmp_path)
+    assert {t.info.run_id for t in kept.values()} <= {t.info.run_id for t in again.values()}
+
+
+def test_resume_after_a_kill(tmp_path, assert_same_result):
+    script = edited(tmp_path, SCRIPT, PARAM_GRID=SLOW_GRID)
+    process = start(sys.executable, script, cwd=tmp_path)
+    wait_until(lambda: len(finished(tmp_path)) >= 3)
+    process.kill()
+    process.wait()
+    (search,) = parents("hyperparameter-tuning")
+    with mlflow.start_run(
+        experiment_id=search.info.experiment_id,
+        run_name="coarse-0001",  # as if the kill had come while this trial was being logged
+        tags={"mlflow.parentRunId": search.info.run_id},
+    ) as half_logged:
+        pass
+    mlflow.MlflowClient().update_run(half_logged.info.run_id, status="RUNNING")
+    assert_success(run(script, "--resume", search.info.run_id, cwd=tmp_path))
+    assert_same_result(tmp_path)
+
+
+def test_what_cannot_be_resumed_ends_in_one_line(refined, main_job):
+    folder, script, _ = refined
+    assert_one_line(run(script, "--resume", "0" * 32, cwd=folder), "0" * 32)
+    store(folder)
+    (search,) = parents("hyperparameter-tuning")
+    run_id = search.info.run_id
+    before = search.data.to_dictionary()
+    assert_one_line(run(SCRIPT, "--resume", run_id, cwd=folder), run_id, "grid")
+    assert_one_line(run(script, "--resume", run_id, cwd=folder), run_id, "complete")
+    trial = next(iter(children(search).values())).info.run_id
+    assert_one_line(run(script, "--resume", trial, cwd=folder), trial, "not a search")
+    (search,) = parents("hyperparameter-tuning")
+    assert search.info.status == "FINISHED" and search.data.to_dictionary() == before
+    store(main_job[0])
+    other = parents("model-comparison")[0].info.run_id
+    assert_one_line(run(SCRIPT, "--resume", other, cwd=main_job[0]), other, "not a search")
+
+
+def test_an_unknown_parameter_in_the_grid_ends_in_one_line(tmp_path):
+    script = edited(tmp_path, SCRIPT, PARAM_GRID={"max_dept": [1, 2]})
+    assert_one_line(run(script, cwd=tmp_path), "max_dept", "Valid parameters")
+    assert not (tmp_path / "mlflow.db").exists()
+
+
+def test_the_best_is_found_among_more_trials_than_a_page_holds(tmp_path):
+    """MLflow answers 1,000 runs at the most at a time; the best of these is the oldest."""
+    sys.path.insert(0, str(ROOT))
+    try:
+        from hyperparameter_tuning import finished_trials
+    finally:
+        sys.path.remove(str(ROOT))
+    client = store(tmp_path)
+    experiment = client.create_experiment("many")
+    parent = client.create_run(experiment)
+    for number in range(1005):
+        tags = {"mlflow.parentRunId": parent.info.run_id}
+        trial = client.create_run(experiment, tags=tags, run_name=f"coarse-{number:04}")
+        client.log_metric(trial.info.run_id, "cv_accuracy", 0.5 + (number == 0) / 4)
+        client.set_terminated(trial.info.run_id)
+    trials = finished_trials(parent)
+    assert len(trials) == 1005 and trials["trial"][0] == "coarse-0000"
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_a_dask_cluster_does_the_same_search_and_may_lose_a_worker(tmp_path, assert_same_result):
+    script = edited(tmp_path, SCRIPT, PARAM_GRID=SLOW_GRID)
+    port = free_port()
+    address = f"tcp://127.0.0.1:{port}"
+    local = ["--host", "127.0.0.1", "--no-dashboard"]
+    dask = [sys.executable, "-m", "dask"]
+    worker = [*dask, "worker", address, *local, "--nthreads", "1"]
+    folders = [tmp_path / name for name in ("scheduler", "worker-1", "worker-2")]
+    for folder in folders:
+        folder.mkdir()
+    processes = [start(*dask, "scheduler", *local, "--port", str(port), cwd=folders[0])]
+    try:
+        processes += [start(*worker, cwd=folder) for folder in folders[1:]]
+        search = start(sys.executable, script, "--scheduler", address, cwd=tmp_path)
+        processes.append(search)
+        wait_until(lambda: len(finished(tmp_path)) >= 3)
+        processes[1].kill()
+        assert search.wait(timeout=120) == 0
+        assert (tmp_path / "stderr.txt").read_text() == ""
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert_same_result(tmp_path)
+
+
+def test_an_absent_dask_scheduler_ends_in_one_line(tmp_path):
+    address = f"tcp://127.0.0.1:{free_port()}"
+    assert_one_line(run(SCRIPT, "--scheduler", address, cwd=tmp_path, timeout=20), address)
+    assert not (tmp_path / "mlflow.db").exists()
+
+
+def test_without_dask_one_line_says_what_to_install(tmp_path):
+    (tmp_path / "dask.py").write_text("raise ModuleNotFoundError(\"No module named 'dask'\")")
+    process = run(SCRIPT, "--scheduler", "tcp://x:1", cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    assert_one_line(process, "No module named 'dask'", "pip install distributed")
