@@ -1,31 +1,31 @@
 """Tune a random forest with MLflow: one parent run for the search, one child run a combination.
 
-Searches a grid of 27 combinations with five-fold cross-validation on the training part of
-scikit-learn's breast cancer data, on all cores. Asks MLflow which one was best, refits it and
-scores it once on rows that no trial has seen. What you will see: the depth of the trees matters
-most, and a fifth of the best forest's work buys a score that the folds cannot tell from its own.
+Tries a grid of 27 combinations on all cores, by five-fold cross-validation on the training part of
+scikit-learn's breast cancer data. Asks MLflow which one was best, refits it and scores it once on
+rows that no trial has seen. What you will see: the depth of the trees matters most, and a forest
+at a fifth of the cost is within the noise of the best.
 
 It leaves this in the store (sqlite:///mlflow.db, or MLFLOW_TRACKING_URI where that is set):
 
     experiment hyperparameter-tuning
-    └── grid-search       best_* parameters, best_cv_accuracy, test_accuracy, the model `model`
+    └── grid-search       best_* parameters, best_cv_accuracy, test_accuracy, grid.html, the `model`
         ├── coarse-0001   its parameters, cv_accuracy, cv_accuracy_std, fit_seconds
-        └── …             and so on to coarse-0027; with --refine also refine-0001 and up
+        └── …             up to coarse-0027, then with --refine refine-0001 and so on
 """
 
 import logging
 import os
+import shlex
 import sys
 import time
+import warnings
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from importlib.metadata import version
 from urllib.request import urlopen
 
 import mlflow
-import numpy as np
 import pandas as pd
 from joblib import Parallel, delayed, parallel_config
-from matplotlib.figure import Figure
 from mlflow.exceptions import MlflowException
 from sklearn.datasets import load_breast_cancer
 from sklearn.ensemble import RandomForestClassifier
@@ -66,6 +66,8 @@ def open_store(experiment):
             urlopen(f"{uri}/health", timeout=5).close()
         except OSError as error:
             raise OSError(f"no MLflow server answers at {uri}, start it: {error}") from error
+    import skops.io  # noqa: F401  log_model needs it: a pause of a second, better here than there
+
     return mlflow.set_experiment(experiment).experiment_id
 
 
@@ -77,58 +79,63 @@ def run_trial(name, params, X, y):
         scores = cross_validate(model, X, y, cv=folds, scoring="accuracy", error_score="raise")
     except Exception as error:  # one bad combination must not end the search
         return name, {}, f"{type(error).__name__}: {error}"
-    metrics = {
-        # Rounded, so that equal scores are equal: the last bits depend on the order of the sum.
-        "cv_accuracy": round(scores["test_score"].mean(), 12),
-        "cv_accuracy_std": round(scores["test_score"].std(), 12),
-        "fit_seconds": scores["fit_time"].mean(),  # for one fit: the mean over the folds
-    }
-    return name, metrics, None
+    accuracy, seconds = scores["test_score"], scores["fit_time"].mean()  # for one of the fits
+    # Rounded, so that equal means are equal: the last bits depend on the order of the sum.
+    metrics = {"cv_accuracy": accuracy.mean().round(12), "cv_accuracy_std": accuracy.std()}
+    return name, metrics | {"fit_seconds": seconds}, None
 
 
-def search(combinations, parent, X, y, dataset):
-    """Try the combinations (name: parameters) that the active parent run has no result for yet.
+def start_trials(combinations, X, y, backend="loky"):
+    """Start to try the combinations (name: parameters) on all cores; return the results to come.
 
-    The workers train while this process logs each trial as soon as it has finished, so tracking
-    costs next to nothing. The longest go first: one that came last would leave the cores idle.
+    A result can be taken as soon as it is there, while the workers train on, so tracking costs
+    next to nothing. The longest go first: one that came last would leave the other cores idle.
     """
-    done = set(finished_trials(parent).get("trial", []))
-    todo = {name: params for name, params in combinations.items() if name not in done}
-    results = Parallel(n_jobs=-1, return_as="generator_unordered")(
-        delayed(run_trial)(name, params, X, y) for name, params in reversed(todo.items())
-    )
-    start = time.perf_counter()
-    for number, (name, metrics, error) in enumerate(results, 1):
+    longest_first = reversed(combinations.items())
+    with parallel_config(backend):
+        return Parallel(n_jobs=-1, return_as="generator_unordered")(
+            delayed(run_trial)(name, params, X, y) for name, params in longest_first
+        )
+
+
+def log_trials(results, combinations, dataset):
+    """Log and print each result as it comes: a child of the active run, visible at once."""
+    start, total = time.perf_counter(), len(combinations)
+    for done, (name, metrics, error) in enumerate(results, 1):
         with mlflow.start_run(run_name=name, nested=True, tags={"stage": name.split("-")[0]}):
-            mlflow.log_params(todo[name])
+            mlflow.log_params(combinations[name])
             mlflow.log_metrics(metrics, dataset=dataset)
             if error:
                 mlflow.set_tag("error", error)
                 mlflow.end_run("FAILED")
-        left = (time.perf_counter() - start) / number * (len(todo) - number)
+        left = (time.perf_counter() - start) / done * (total - done)
         result = error or "accuracy {cv_accuracy:.4f} ± {cv_accuracy_std:.4f}".format(**metrics)
         print(
-            f"{number:3}/{len(todo)} {left:4.0f} s left  {name}  {result}  {todo[name]}", flush=True
+            f"{done:3}/{total} {left:4.0f} s left  {name}  {result}  {combinations[name]}",
+            flush=True,
         )
 
 
-def trial_runs(parent, condition):
-    """Return the parent's children that meet the condition, best first; with equal scores, by name.
-
-    The store sorts and mlflow.search_runs turns its pages: right for any number of trials.
-    """
-    return mlflow.search_runs(
+def search_trials(parent, condition="attributes.status = 'FINISHED'"):
+    """Return the parent's children as a DataFrame, best first; with equal scores, by their name."""
+    runs = mlflow.search_runs(
         [parent.info.experiment_id],
         f"tags.mlflow.parentRunId = '{parent.info.run_id}' AND {condition}",
         order_by=["metrics.cv_accuracy DESC", "attributes.run_name ASC"],
         output_format="list",
     )
+    rows = [{"trial": r.info.run_name, **r.data.metrics, **r.data.params} for r in runs]
+    return pd.DataFrame(rows, index=[r.info.run_id for r in runs])
 
 
-def finished_trials(parent):
-    """Return a DataFrame of the parent's finished trials, best first."""
-    runs = trial_runs(parent, "attributes.status = 'FINISHED'")
-    return pd.DataFrame({"trial": r.info.run_name, **r.data.metrics, **r.data.params} for r in runs)
+def resumable(run_id, plan):
+    """Return the names of the trials to keep of a search that was cut short; delete the others."""
+    parent = mlflow.get_run(run_id)
+    if parent.info.status == "FINISHED" or not plan.items() <= parent.data.params.items():
+        raise ValueError(f"{run_id} is not an unfinished search of this grid on these rows")
+    for trial_id in search_trials(parent, "attributes.status != 'FINISHED'").index:
+        mlflow.delete_run(trial_id)  # it was cut short or failed, and is tried again
+    return set(search_trials(parent).get("trial", []))
 
 
 def refinement(best, grid):
@@ -155,20 +162,13 @@ def cheapest_within_one_se(trials):
 
 
 def heat_map(trials, combinations):
-    """Return a figure of the mean accuracies: the last parameter across, the others down."""
+    """Return the mean accuracies as a coloured HTML table: the last parameter across."""
     table = pd.DataFrame.from_dict(combinations, orient="index")
     *down, across = table.columns
     table["accuracy"] = trials.set_index("trial")["cv_accuracy"]
     table = table.pivot_table("accuracy", index=down, columns=across)
-    figure = Figure(figsize=(7, 2 + len(table) / 2), layout="constrained")
-    axes = figure.subplots()
-    axes.imshow(table, aspect="auto", cmap="Blues", alpha=0.6)
-    axes.set(xlabel=across, ylabel=", ".join(down), title=f"Accuracy, mean over {FOLDS} folds")
-    axes.set_xticks(range(table.shape[1]), table.columns)
-    axes.set_yticks(range(table.shape[0]), table.index)
-    for (row, column), accuracy in np.ndenumerate(table):
-        axes.text(column, row, f"{accuracy:.4f}", ha="center", va="center")
-    return figure
+    style = table.style.background_gradient("Blues", axis=None).format("{:.4f}")
+    return style.set_caption(f"Accuracy, mean over {FOLDS} folds").to_html()
 
 
 def log_model(model, X):
@@ -200,12 +200,12 @@ def main():
     parser.add_argument("--scheduler", metavar="ADDRESS", help="train on this Dask cluster")
     args = parser.parse_args()
     X, y, data_name = load_data()
-    X_train, X_test, y_train, y_test = train_test_split(
-        X, y, test_size=TEST_SIZE, stratify=y, random_state=SEED
-    )
+    split = train_test_split(X, y, test_size=TEST_SIZE, stratify=y, random_state=SEED)
+    X_train, X_test, y_train, y_test = split
     train = as_dataset(X_train, y_train, f"{data_name}-train")
     test = as_dataset(X_test, y_test, f"{data_name}-test")
     plan = {"grid": str(PARAM_GRID), "rows": train.digest}
+    start, done, backend = time.perf_counter(), set(), "dask" if args.scheduler else "loky"
     try:
         coarse = {f"coarse-{i:04}": params for i, params in enumerate(ParameterGrid(PARAM_GRID), 1)}
         RandomForestClassifier().set_params(**coarse["coarse-0001"])  # raises if one is unknown
@@ -213,37 +213,34 @@ def main():
             from dask.distributed import Client
 
             Client(args.scheduler, timeout=5)
-        open_store(EXPERIMENT)
         if args.resume:
-            session = mlflow.get_run(args.resume)
-            if not plan.items() <= session.data.params.items():
-                raise ValueError(f"{args.resume} is not a search of this grid on these rows")
-            if session.info.status == "FINISHED":
-                raise ValueError(f"{args.resume} is complete, there is nothing to resume")
-            for run in trial_runs(session, "attributes.status != 'FINISHED'"):
-                mlflow.delete_run(run.info.run_id)  # it was cut short or failed: try it again
-    except (ImportError, OSError, ValueError, MlflowException) as error:
-        hint = ": pip install distributed" if isinstance(error, ImportError) else ""
-        parser.exit(2, f"{parser.prog}: {str(error).splitlines()[0]}{hint}\n")
+            open_store(EXPERIMENT)
+            done = resumable(args.resume, plan)
+        todo = {name: params for name, params in coarse.items() if name not in done}
+        results = start_trials(todo, X_train, y_train, backend)
+        open_store(EXPERIMENT)  # a new one takes seconds: the workers train meanwhile
+    except ImportError:
+        parser.exit(2, f"{parser.prog}: --scheduler needs Dask: pip install distributed\n")
+    except (OSError, ValueError, MlflowException) as error:
+        warnings.simplefilter("ignore")  # joblib's about the trials that are given up
+        parser.exit(2, f"{parser.prog}: {str(error).splitlines()[0]}\n")
 
-    start, combinations = time.perf_counter(), coarse
-    with (
-        parallel_config("dask" if args.scheduler else "loky"),
-        mlflow.start_run(run_id=args.resume, run_name="grid-search") as parent,
-    ):
+    with mlflow.start_run(run_id=args.resume, run_name="grid-search") as parent:
         mlflow.log_params(plan)
         mlflow.log_input(train, context="training")
+        combinations = coarse
         try:
-            search(coarse, parent, X_train, y_train, train)
-            trials = finished_trials(parent)
+            log_trials(results, todo, train)
+            trials = search_trials(parent)
             if args.refine and len(trials):
-                finer = refinement(coarse[trials["trial"][0]], PARAM_GRID)
-                combinations = coarse | {f"refine-{i:04}": p for i, p in enumerate(finer, 1)}
-                search(combinations, parent, X_train, y_train, train)
-                trials = finished_trials(parent)
+                fine = refinement(coarse[trials["trial"].iloc[0]], PARAM_GRID)
+                fine = {f"refine-{i:04}": params for i, params in enumerate(fine, 1)}
+                todo = {name: params for name, params in fine.items() if name not in done}
+                log_trials(start_trials(todo, X_train, y_train, backend), todo, train)
+                combinations, trials = coarse | fine, search_trials(parent)
         except KeyboardInterrupt:
             mlflow.end_run("KILLED")
-            command = f"python {' '.join(sys.argv)} --resume {parent.info.run_id}"
+            command = shlex.join(["python", *sys.argv, "--resume", parent.info.run_id])
             parser.exit(130, f"\nStopped. The finished trials are kept; to go on: {command}\n")
         if trials.empty:
             mlflow.end_run("FAILED")
@@ -254,14 +251,12 @@ def main():
         model = RandomForestClassifier(**best_params, random_state=SEED).fit(X_train, y_train)
         model_id = log_model(model, X_train).model_id
         mlflow.log_params({f"best_{name}": value for name, value in best_params.items()})
-        scores = {"best_cv_accuracy": best["cv_accuracy"]}
-        mlflow.log_metrics(scores, model_id=model_id, dataset=train)
-        mlflow.log_input(test, context="testing")
-        scores = {"test_accuracy": model.score(X_test, y_test)}
-        mlflow.log_metrics(scores, model_id=model_id, dataset=test)
+        mlflow.log_metric("best_cv_accuracy", best["cv_accuracy"], model_id=model_id, dataset=train)
+        score = model.score(X_test, y_test)
+        mlflow.log_metric("test_accuracy", score, model_id=model_id, dataset=test)
         mlflow.log_metric("search_seconds", time.perf_counter() - start)
-        mlflow.log_text(trials.to_csv(index=False), "trials.csv")
-        mlflow.log_figure(heat_map(trials, coarse), "grid.png")
+        mlflow.log_input(test, context="testing")
+        mlflow.log_text(heat_map(trials, coarse), "grid.html")
 
     metrics = mlflow.get_run(parent.info.run_id).data.metrics
     print(f"\nThe five best of {len(trials)} trials, by their mean accuracy over {FOLDS} folds:")
@@ -273,7 +268,7 @@ def main():
         f"Cheapest within one standard error: {cheap['trial']}, at {share:.0%} of the time to fit"
     )
     compute = trials["fit_seconds"].sum() * FOLDS
-    print(f"Cost: {compute:.0f} s of fitting in {metrics['search_seconds']:.0f} s")
+    print(f"Cost: {compute:.0f} s of fitting in {metrics['search_seconds']:.0f} s\n")
     print_where_to_look(parent.info.experiment_id)
     print("Next:  python model_comparison.py")
 
