@@ -204,7 +204,7 @@ def main():
     X_train, X_test, y_train, y_test = split
     train = as_dataset(X_train, y_train, f"{data_name}-train")
     test = as_dataset(X_test, y_test, f"{data_name}-test")
-    plan = {"grid": str(PARAM_GRID), "rows": train.digest}
+    plan = {"grid": str(PARAM_GRID), "folds": f"{FOLDS}, seed {SEED}", "rows": train.digest}
     start, done, backend = time.perf_counter(), set(), "dask" if args.scheduler else "loky"
     try:
         coarse = {f"coarse-{i:04}": params for i, params in enumerate(ParameterGrid(PARAM_GRID), 1)}
@@ -264,9 +264,7 @@ def main():
     print(f"\nBest parameters:   {best_params}")
     print(f"Hold-out accuracy: {metrics['test_accuracy']:.4f}")
     share = cheap["fit_seconds"] / best["fit_seconds"]
-    print(
-        f"Cheapest within one standard error: {cheap['trial']}, at {share:.0%} of the time to fit"
-    )
+    print(f"Cheapest within one standard error: {cheap['trial']}, {share:.0%} of the time to fit")
     compute = trials["fit_seconds"].sum() * FOLDS
     print(f"Cost: {compute:.0f} s of fitting in {metrics['search_seconds']:.0f} s\n")
     print_where_to_look(parent.info.experiment_id)
