@@ -60,6 +60,7 @@ def open_store(experiment):
     """Select the experiment, which is made if it is new, and return its id."""
     logging.disable(logging.INFO)  # MLflow reports every table that it makes; warnings still show
     os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # two lines for every run
+    os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"  # on stderr, for every file
     uri = mlflow.get_tracking_uri()
     if uri.startswith("http"):  # MLflow itself would retry an absent server for four minutes
         try:

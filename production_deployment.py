@@ -1,36 +1,36 @@
-"""Take a model to production with MLflow: register, stage, check, promote, load, predict.
+"""Take a model to production with MLflow: register, stage, check, promote, load, predict, undo.
 
-A scaled logistic regression is trained on scikit-learn's breast cancer data and registered. The
-new version gets the alias `staging`, is loaded from there and has to reach MIN_ACCURACY on rows
-that it has not seen; only then does the alias `production` move to it. The model in production
-is loaded back and predicts, and a guide for this very version is printed: REST, Docker, cloud.
-Run it again and version 2 takes the place of version 1.
-
-Run it, then look at the model with the command that it prints:
-
-    python production_deployment.py
+A scaled logistic regression is trained on scikit-learn's breast cancer data and registered (with
+--model-uri: any logged scikit-learn model). The new version gets the alias `staging`, is loaded
+from there and has to pass a gate on rows that it has not seen; only then does the alias
+`production` move to it. Whatever fails on the way, production stays a version that has passed.
 
 It leaves this in the store (sqlite:///mlflow.db, or MLFLOW_TRACKING_URI where that is set):
 
     experiment production-deployment
-    └── deployment                  cv_accuracy, test_accuracy, the model, deployment_guide.md
+    └── deployment           the gate's figures, test_accuracy, deployment_guide.md; and if it was
+                             trained here, cv_accuracy and the model `model`
     registered model breast-cancer-classifier
-    └── version 1, 2, …             one more a run; aliases `staging` and `production`, and the
-                                    legacy stage Production
+    └── version 1, 2, …      one more a run, tagged with what it is, from where and how good;
+                             aliases staging, production and previous; legacy stage Production
 
-A model below MIN_ACCURACY stays in staging, production does not change, and the exit code is 1.
+Exit code 0: promoted, or rolled back. 1: refused by the gate. 2: bad input.
 """
 
-import argparse
 import contextlib
 import logging
 import os
+import re
 import sys
+import time
 import warnings
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from datetime import UTC, datetime
 from importlib.metadata import version
 from urllib.request import urlopen
 
 import mlflow
+import numpy as np
 from mlflow.exceptions import MlflowException
 from sklearn.datasets import load_breast_cancer
 from sklearn.linear_model import LogisticRegression
@@ -41,11 +41,16 @@ from sklearn.preprocessing import StandardScaler
 
 EXPERIMENT = "production-deployment"
 SEED = 42  # of the split and the folds
-TEST_SIZE = 0.2  # share of the rows that the gate checks a staged version on
+TEST_SIZE = 0.2  # share of the rows that the gate judges on
 FOLDS = 5
-MIN_ACCURACY = 0.93  # on the hold-out; a version below it is not promoted
+MIN_ACCURACY = 0.93  # on the hold-out
+MAX_ACCURACY_LOST = 0.02  # against the model in production, on the same rows
+MAX_LATENCY_MS = 50  # to predict one row, median
 PACKAGES = ["mlflow", "scikit-learn", "skops", "pandas", "numpy", "scipy"]  # that the model needs
-TRUSTED = []  # skops asks about each type that it does not know: here about none
+TRUSTED = [  # all else in a skops file is refused: loading it could run code
+    "sklearn.tree._tree.Tree",
+    "sklearn.ensemble._hist_gradient_boosting.predictor.TreePredictor",
+]
 
 
 def load_data():
@@ -64,37 +69,16 @@ def open_store(experiment):
     """Select the experiment, which is made if it is new, and return its id."""
     logging.disable(logging.INFO)  # MLflow reports every table that it makes; warnings still show
     os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # two lines for every run
+    os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"  # on stderr, for every file
     uri = mlflow.get_tracking_uri()
     if uri.startswith("http"):  # MLflow itself would retry an absent server for four minutes
         try:
             urlopen(f"{uri}/health", timeout=5).close()
         except OSError as error:
             raise OSError(f"no MLflow server answers at {uri}, start it: {error}") from error
+    import skops.io  # noqa: F401  log_model needs it: a pause of a second, better here than there
+
     return mlflow.set_experiment(experiment).experiment_id
-
-
-def register(model_uri, name):
-    """Register the logged model as the next version of `name`; return the version number."""
-    with contextlib.redirect_stderr(sys.stdout):  # MLflow reports success on stderr
-        return mlflow.register_model(model_uri, name).version
-
-
-def promote(client, name, new_version):
-    """Put a version into production: the alias moves in one step, then the legacy stage."""
-    client.set_registered_model_alias(name, "production", new_version)
-    with warnings.catch_warnings():
-        # Stages are deprecated since MLflow 2.9 in favour of aliases. This one is set for those
-        # who still load models:/NAME/Production; leave it out if nobody does.
-        warnings.simplefilter("ignore", FutureWarning)
-        client.transition_model_version_stage(
-            name, new_version, "Production", archive_existing_versions=True
-        )
-
-
-def print_predictions(model, X, y):
-    """Print a few rows: three of the features, the actual class and the predicted one."""
-    table = X.iloc[:, :3].assign(actual=y, predicted=model.predict(X))
-    print(table.to_string(index=False))
 
 
 def log_model(model, X):
@@ -110,54 +94,150 @@ def log_model(model, X):
     )
 
 
-def deployment_guide(name, version_number):
-    """Return the steps that deploy this version: Markdown with commands for a POSIX shell."""
+def check_before_loading(model_uri, columns):
+    """Return the model's id; raise ValueError unless it is safe to load and for these columns.
+
+    MLflow trusts the types that the model itself names, and imports the loader that it names.
+    """
+    info = mlflow.models.get_model_info(model_uri)
+    sklearn, pyfunc = (info.flavors.get(name, {}) for name in ("sklearn", "python_function"))
+    if (
+        sklearn.get("serialization_format") != "skops"
+        or not set(sklearn.get("skops_trusted_types") or []) <= set(TRUSTED)
+        or (pyfunc.get("loader_module"), pyfunc.get("code")) != ("mlflow.sklearn", None)
+    ):
+        raise ValueError(f"{model_uri} is not loaded, it could run code: log it as skops")
+    if info.signature is None or info.signature.inputs.input_names() != list(columns):
+        raise ValueError(f"{model_uri} has no signature with the columns of the data")
+    return info.model_id
+
+
+def judge(candidate, current, X, y):
+    """Return the gate's checks of a loaded model, {name: (figure, limit, passed)}.
+
+    `current` is the model in production, or None. MLflow's validate_evaluation_results is not used:
+    it can ask for a gain over a baseline, but cannot allow a small loss.
+    """
+    accuracy = accuracy_score(y, candidate.predict(X))
+    lost = accuracy_score(y, current.predict(X)) - accuracy if current else 0.0
+    seconds = []
+    for row in range(50):
+        start = time.perf_counter()
+        candidate.predict(X.iloc[[row % len(X)]])
+        seconds.append(time.perf_counter() - start)
+    latency = float(np.median(seconds)) * 1000
+    try:
+        answers = len(candidate.predict(candidate.input_example)) > 0
+        candidate.predict(X.drop(columns=X.columns[0]))
+        refuses = False
+    except MlflowException:
+        refuses = True
+    return {
+        "accuracy": (accuracy, f"at least {MIN_ACCURACY}", accuracy >= MIN_ACCURACY),
+        "accuracy_lost": (lost, f"at most {MAX_ACCURACY_LOST}", lost <= MAX_ACCURACY_LOST),
+        "latency_ms": (latency, f"at most {MAX_LATENCY_MS}", latency <= MAX_LATENCY_MS),
+        "answers_its_example": (answers, "must", answers),
+        "refuses_a_missing_column": (refuses, "must", refuses),
+    }
+
+
+def point(client, name, aliases):
+    """Point the aliases ({alias: version}) in this order, then the legacy stage to production."""
+    for alias, number in aliases.items():
+        client.set_registered_model_alias(name, alias, number)
+    with warnings.catch_warnings():
+        # Stages are deprecated since MLflow 2.9 in favour of aliases. This one is set for those
+        # who still load models:/NAME/Production; leave it out if nobody does.
+        warnings.simplefilter("ignore", FutureWarning)
+        client.transition_model_version_stage(
+            name, aliases["production"], "Production", archive_existing_versions=True
+        )
+
+
+def roll_back(client, name):
+    """Exchange the aliases `production` and `previous`; return both versions, from and to."""
+    aliases = client.get_registered_model(name).aliases
+    current, previous = aliases.get("production"), aliases.get("previous")
+    if previous in (None, current):
+        raise ValueError(f"{name} has no previous version to roll back to")
+    point(client, name, {"production": previous, "previous": current})
+    return current, previous
+
+
+def deployment_guide(name, number):
+    """Return how to deploy this version, as Markdown: indented lines are commands for a shell.
+
+    Sources: https://mlflow.org/docs/latest/ml/deployment and, for the others' commands,
+    https://docs.docker.com/reference/cli/docker,
+    https://learn.microsoft.com/azure/machine-learning/how-to-deploy-mlflow-models-online-endpoints,
+    https://cloud.google.com/sdk/gcloud/reference/ai/models/upload,
+    https://docs.databricks.com/dev-tools/cli/reference/serving-endpoints-commands,
+    https://kserve.github.io/website/docs/model-serving/predictive-inference/frameworks/custom-predictor
+    """
     uri = f"models:/{name}@production"
-    return f"""# Deploy {name} version {version_number}
+    store = re.sub(r"(//[^:/]*):[^@/]*@", r"\1:PASSWORD@", mlflow.get_tracking_uri())
+    return f"""# Deploy {name} version {number}
 
-Every command below reads the model from the same store as the run that wrote this guide:
+Every mlflow command reads the model from the store that this names:
 
-    export MLFLOW_TRACKING_URI={mlflow.get_tracking_uri()}
+    export MLFLOW_TRACKING_URI={store}
 
-## 1. REST API on this machine
+## REST API
 
     mlflow models serve --model-uri {uri} --env-manager local --host 127.0.0.1 --port 5001
 
-In a second shell, once `curl http://127.0.0.1:5001/ping` answers: fetch the example request that
-is stored with the model, five raw rows, and send it.
+In a second shell (export as above), once `curl http://127.0.0.1:5001/ping` answers: fetch the
+example request that is stored with the model, rows as they are in the data, and send it.
 
     mlflow artifacts download --artifact-uri {uri}/serving_input_example.json --dst-path request
-    curl http://127.0.0.1:5001/invocations --header 'Content-Type: application/json' \\
-        --data @request/serving_input_example.json
+    curl --fail http://127.0.0.1:5001/invocations --header 'Content-Type: application/json' --data @request/serving_input_example.json
 
-Stop it with Ctrl-C. It listens to this machine alone: put a proxy with TLS and a login before it
-when others are to reach it. It reads the alias once: start it anew after a promotion.
+Ctrl-C stops it. It listens to this machine only; put a proxy with TLS and a login (nginx, Caddy,
+an API gateway) before it when others are to reach it. It looks at the alias once, so restart it
+after a promotion, or hold the model as README.md shows under "Swap without downtime".
 
-## 2. Docker
+## Batch
 
-    mlflow models generate-dockerfile --model-uri {uri} --output-directory image --env-manager local
-    docker build --tag {name}:{version_number} image
-    docker run --rm --publish 127.0.0.1:5001:8080 {name}:{version_number}
+    mlflow models predict --model-uri {uri} --env-manager local --content-type json --input-path request/serving_input_example.json --output-path predictions.json
 
-The request is the same as in step 1.
+## Docker (needs a Docker engine)
 
-## 3. Cloud
+    mlflow models generate-dockerfile --model-uri {uri} --env-manager local --output-directory image
+    docker build --tag {name}:{number} image
+    docker run --rm --publish 127.0.0.1:5001:8080 {name}:{number}
 
-Amazon SageMaker (needs boto3, Docker, an AWS account with a bucket and an execution role):
+It answers like the REST API above. The sections below push this image to REGISTRY as
+REGISTRY/{name}:{number} (docker tag, docker push), where nothing else is said.
+
+## Amazon SageMaker (needs boto3, Docker, and an AWS login, a role and a bucket)
 
     mlflow sagemaker build-and-push-container
-    mlflow deployments create --target sagemaker --name {name} --model-uri {uri}
+    mlflow deployments create --target sagemaker:/REGION --name {name} --model-uri {uri} --config execution_role_arn=ROLE --config bucket=BUCKET
 
-Azure ML (needs azureml-mlflow and a workspace whose tracking URI is exported):
+## Azure ML (needs the az command with its ml extension, and a workspace)
 
-    mlflow deployments create --target "$MLFLOW_TRACKING_URI" --name {name} --model-uri {uri}
+    mlflow artifacts download --artifact-uri {uri} --dst-path model
+    az ml model create --name {name} --type mlflow_model --path model
+    az ml online-endpoint create --name {name}
+    az ml online-deployment create --name v{number} --endpoint-name {name} --model azureml:{name}@latest --instance-type Standard_DS3_v2 --instance-count 1 --all-traffic
 
-Databricks (needs a workspace; register the model there, then serve it from its page):
+## Google Vertex AI (needs the gcloud command and a project)
 
-    export MLFLOW_TRACKING_URI=databricks
+    gcloud ai models upload --region REGION --display-name {name} --container-image-uri REGISTRY/{name}:{number} --container-ports 8080 --container-predict-route /invocations --container-health-route /ping
+    gcloud ai endpoints create --region REGION --display-name {name}
+    gcloud ai endpoints deploy-model ENDPOINT --region REGION --model MODEL --display-name v{number}
 
-Any platform that runs containers (Cloud Run, Kubernetes, ECS): push the image of step 2.
-"""
+## Databricks (needs the databricks command; register the model in Unity Catalog, as main.ml.NAME)
+
+    databricks serving-endpoints create {name} --json '{{"config": {{"served_entities": [{{"entity_name": "main.ml.{name}", "entity_version": "{number}", "workload_size": "Small", "scale_to_zero_enabled": true}}]}}}}'
+
+## Kubernetes with KServe (needs kubectl and a cluster with KServe)
+
+    kubectl apply -f - <<'EOF'
+    {{"apiVersion": "serving.kserve.io/v1beta1", "kind": "InferenceService", "metadata": {{"name": "{name}"}},
+     "spec": {{"predictor": {{"containers": [{{"name": "kserve-container", "image": "REGISTRY/{name}:{number}", "ports": [{{"containerPort": 8080}}]}}]}}}}}}
+    EOF
+"""  # noqa: E501
 
 
 def print_where_to_look(experiment_id):
@@ -170,63 +250,87 @@ def print_where_to_look(experiment_id):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.parse_args()
-
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("--model-uri", help="deploy this logged model: models:/m-… or runs:/…")
+    parser.add_argument("--rollback", action="store_true", help="put `previous` into production")
+    args = parser.parse_args()
     X, y, data_name = load_data()
-    try:
-        experiment_id = open_store(EXPERIMENT)
-    except (OSError, MlflowException) as error:
-        parser.exit(2, f"{parser.prog}: {str(error).splitlines()[0]}\n")
     name = f"{data_name}-classifier"
-    X_train, X_test, y_train, y_test = train_test_split(
-        X, y, test_size=TEST_SIZE, stratify=y, random_state=SEED
-    )
+    split = train_test_split(X, y, test_size=TEST_SIZE, stratify=y, random_state=SEED)
+    X_train, X_test, y_train, y_test = split
     train = as_dataset(X_train, y_train, f"{data_name}-train")
     test = as_dataset(X_test, y_test, f"{data_name}-test")
-    client = mlflow.MlflowClient()
+    try:
+        experiment_id = open_store(EXPERIMENT)
+        client = mlflow.MlflowClient()
+        if args.rollback:
+            current, previous = roll_back(client, name)
+            print(f"Rolled {name} back from version {current} to version {previous}")
+            return
+        model_id = check_before_loading(args.model_uri, X) if args.model_uri else None
+    except (OSError, ValueError, MlflowException) as error:
+        parser.exit(2, f"{parser.prog}: {str(error).splitlines()[0]}\n")
 
     with mlflow.start_run(run_name="deployment") as run:
-        print("1. Train and log", flush=True)
-        mlflow.log_input(train, context="training")
+        if model_id is None:
+            print("1. Train and log a model", flush=True)
+            mlflow.log_input(train, context="training")
+            model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+            folds = StratifiedKFold(FOLDS, shuffle=True, random_state=SEED)
+            score = cross_val_score(model, X_train, y_train, cv=folds).mean()
+            model_id = log_model(model.fit(X_train, y_train), X_train).model_id
+            mlflow.log_metric("cv_accuracy", score, model_id=model_id, dataset=train)
+
+        print("2. Register it and give it the alias `staging`", flush=True)
+        with contextlib.redirect_stderr(sys.stdout):  # MLflow reports success on stderr
+            staged = mlflow.register_model(f"models:/{model_id}", name)
+        client.set_registered_model_alias(name, "staging", staged.version)
+
+        print("3. Load what is staged and judge it on the hold-out")
+        current = client.get_registered_model(name).aliases.get("production")
+        checks = judge(
+            mlflow.pyfunc.load_model(f"models:/{name}@staging"),
+            mlflow.pyfunc.load_model(f"models:/{name}@production") if current else None,
+            X_test,
+            y_test,
+        )
         mlflow.log_input(test, context="testing")
-        model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
-        folds = StratifiedKFold(FOLDS, shuffle=True, random_state=SEED)
-        scores = {"cv_accuracy": cross_val_score(model, X_train, y_train, cv=folds).mean()}
-        logged = log_model(model.fit(X_train, y_train), X_train)
-        mlflow.log_metrics(scores, model_id=logged.model_id, dataset=train)
+        figures = {"test_accuracy": checks["accuracy"][0]}
+        figures |= {f"gate_{check}": float(figure) for check, (figure, _, _) in checks.items()}
+        mlflow.log_metrics(figures, model_id=model_id, dataset=test)
+        figures = client.get_run(run.info.run_id).data.metrics
+        failed = []
+        for check, (_, limit, passed) in checks.items():
+            line = f"{check} {figures[f'gate_{check}']:.4f}, {limit}"
+            print(f"   {'passed' if passed else 'FAILED'}  {line}")
+            failed += [] if passed else [line]
+        tags = {
+            "source_run": staged.run_id,
+            "judged_on": f"{test.name}, digest {test.digest}",
+            "test_accuracy": figures["test_accuracy"],
+            "validation_status": "failed" if failed else "passed",
+            "validation_failures": "; ".join(failed) or "none",
+            "judged_at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "judged_by": run.data.tags["mlflow.user"],
+        }
+        for key, value in tags.items():
+            client.set_model_version_tag(name, staged.version, key, value)
+        if failed:
+            mlflow.end_run("FAILED")
+            parser.exit(1, f"Version {staged.version} is refused: {'; '.join(failed)}\n")
 
-        print("2. Register and stage")
-        new_version = register(logged.model_uri, name)
-        client.set_registered_model_alias(name, "staging", new_version)
+        print("4. Promote it: the alias `production` moves in one step", flush=True)
+        before = {"previous": current} if current else {}
+        point(client, name, before | {"production": staged.version})
+        guide = deployment_guide(name, staged.version)
+        mlflow.log_text(guide, "deployment_guide.md")
 
-        print("3. Check what was staged, on the hold-out")
-        staged = mlflow.pyfunc.load_model(f"models:/{name}@staging")
-        scores = {"test_accuracy": accuracy_score(y_test, staged.predict(X_test))}
-        mlflow.log_metrics(scores, model_id=logged.model_id, dataset=test)
-        accuracy = mlflow.get_run(run.info.run_id).data.metrics["test_accuracy"]
-        passed = accuracy >= MIN_ACCURACY
-        status = "passed" if passed else "failed"
-        client.set_model_version_tag(name, new_version, "validation_status", status)
-        print(f"   accuracy {accuracy:.4f}, at least {MIN_ACCURACY} needed: {status}")
-
-        if passed:
-            print("4. Promote to production")
-            promote(client, name, new_version)
-            guide = deployment_guide(name, new_version)
-            mlflow.log_text(guide, "deployment_guide.md")
-    if not passed:
-        sys.exit(1)
-
-    print("5. Load from production and predict")
-    print_predictions(
-        mlflow.pyfunc.load_model(f"models:/{name}@production"), X_test.head(), y_test.head()
-    )
-    print()
-    print(guide)
+    print("5. Load what is in production and predict rows of the hold-out")
+    model, rows = mlflow.pyfunc.load_model(f"models:/{name}@production"), X_test.head()
+    table = rows.iloc[:, :3].assign(actual=y_test, predicted=model.predict(rows))
+    print(table.to_string(index=False), guide, sep="\n\n")
     print_where_to_look(experiment_id)
+    print("Undo:  python production_deployment.py --rollback")
 
 
 if __name__ == "__main__":

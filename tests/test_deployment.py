@@ -1,0 +1,500 @@
+"""Production deployment: the gate, promotion, rollback, kills at every step, the guide, a load."""
+
+import http.client
+import json
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import mlflow
+import pandas as pd
+import pytest
+from conftest import (
+    ROOT,
+    assert_one_line,
+    assert_success,
+    children,
+    edited,
+    parents,
+    run,
+    store,
+    user_env,
+)
+from sklearn.datasets import load_breast_cancer
+from sklearn.dummy import DummyClassifier
+from sklearn.model_selection import train_test_split
+
+SCRIPT = "production_deployment.py"
+NAME = "breast-cancer-classifier"
+
+
+def hold_out():
+    data = load_breast_cancer(as_frame=True)
+    labels = data.target.map({0: "malignant", 1: "benign"})
+    parts = train_test_split(data.data, labels, test_size=0.2, stratify=labels, random_state=42)
+    return parts[1], parts[3]
+
+
+def aliases(client):
+    return {key: str(value) for key, value in client.get_registered_model(NAME).aliases.items()}
+
+
+def stages(client):
+    versions = client.search_model_versions(f"name = '{NAME}'")
+    return {str(version.version): version.current_stage for version in versions}
+
+
+@pytest.fixture
+def deployed(tmp_path):
+    """An empty folder in which version 1 has been deployed."""
+    assert_success(run(SCRIPT, cwd=tmp_path))
+    return tmp_path, store(tmp_path)
+
+
+def test_a_refused_model_changes_nothing_in_production(deployed):
+    folder, client = deployed
+    limits = {"MIN_ACCURACY": 0.999, "MAX_ACCURACY_LOST": -0.5, "MAX_LATENCY_MS": 0.0}
+    process = run(edited(folder, SCRIPT, **limits), cwd=folder)
+    assert_one_line(process, "Version 2 is refused", code=1)
+    (run_,) = parents("production-deployment")[1:]
+    assert run_.info.status == "FAILED"
+    assert aliases(client) == {"production": "1", "staging": "2"}
+    assert stages(client) == {"1": "Production", "2": "None"}
+    tags = client.get_model_version(NAME, "2").tags
+    assert tags["validation_status"] == "failed"
+    for check, limit in zip(
+        ("accuracy", "accuracy_lost", "latency_ms"), limits.values(), strict=True
+    ):
+        figure = run_.data.metrics[f"gate_{check}"]
+        for text in (process.stderr, process.stdout, tags["validation_failures"]):
+            assert re.search(rf"\b{check} {re.escape(f'{figure:.4f}')}, at \w+ {limit}", text)
+    assert "passed  refuses_a_missing_column" in process.stdout
+
+
+def test_the_gate_figures_and_tags_are_true(deployed):
+    folder, client = deployed
+    X, y = hold_out()
+    accuracy = (mlflow.pyfunc.load_model(f"models:/{NAME}@production").predict(X) == y).mean()
+    (run_,) = parents("production-deployment")
+    assert run_.data.metrics["gate_accuracy"] == pytest.approx(accuracy, abs=1e-9)
+    version = client.get_model_version(NAME, "1")
+    assert float(version.tags["test_accuracy"]) == pytest.approx(accuracy, abs=1e-9)
+    assert version.tags["source_run"] == run_.info.run_id == version.run_id
+    assert version.tags["validation_status"] == "passed"
+    digests = {d.dataset.name: d.dataset.digest for d in run_.inputs.dataset_inputs}
+    assert version.tags["judged_on"].endswith(digests["breast-cancer-test"])
+    model = mlflow.get_logged_model(run_.outputs.model_outputs[0].model_id)
+    linked = {metric.key: metric.dataset_name for metric in model.metrics}
+    assert linked["test_accuracy"] == linked["gate_latency_ms"] == "breast-cancer-test"
+    assert linked["cv_accuracy"] == "breast-cancer-train"
+
+
+def test_roll_back_and_back_again(deployed):
+    folder, client = deployed
+    assert_one_line(run(SCRIPT, "--rollback", cwd=folder), NAME, "no previous version")
+    assert_success(run(SCRIPT, cwd=folder))
+    assert aliases(client) == {"production": "2", "previous": "1", "staging": "2"}
+    for old, new in (("2", "1"), ("1", "2")):
+        process = run(SCRIPT, "--rollback", cwd=folder)
+        assert_success(process)
+        assert f"from version {old} to version {new}" in process.stdout
+        assert aliases(client) == {"production": new, "previous": old, "staging": "2"}
+        assert stages(client) == {new: "Production", old: "Archived"}
+
+
+def test_roll_back_of_nothing_ends_in_one_line(tmp_path):
+    assert_one_line(run(SCRIPT, "--rollback", cwd=tmp_path), NAME, "not found")
+
+
+def test_a_model_found_elsewhere_takes_the_same_way(tmp_path):
+    assert_success(run("model_comparison.py", cwd=tmp_path))
+    client = store(tmp_path)
+    (comparison,) = parents("model-comparison")
+    candidates = children(comparison)
+    X, _ = hold_out()
+    model_id = candidates["random_forest"].outputs.model_outputs[0].model_id
+    for number, (candidate, uri) in enumerate(
+        {
+            "svm": f"runs:/{candidates['svm'].info.run_id}/model",
+            "random_forest": f"models:/{model_id}",
+        }.items(),
+        1,
+    ):
+        assert_success(run(SCRIPT, "--model-uri", uri, cwd=tmp_path))
+        assert aliases(client)["production"] == str(number)
+        deployed = mlflow.pyfunc.load_model(f"models:/{NAME}@production").predict(X)
+        source = f"runs:/{candidates[candidate].info.run_id}/model"
+        assert list(deployed) == list(mlflow.sklearn.load_model(source).predict(X))
+        tags = client.get_model_version(NAME, str(number)).tags
+        assert tags["source_run"] == candidates[candidate].info.run_id
+        linked = mlflow.get_logged_model(candidates[candidate].outputs.model_outputs[0].model_id)
+        assert {"gate_accuracy", "cv_accuracy"} <= {metric.key for metric in linked.metrics}
+
+
+class Trap:
+    """Loads as a pickle that leaves a file: what a model from elsewhere must not be able to do."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (self.path, "w"))
+
+
+def test_a_model_that_could_run_code_is_not_loaded(tmp_path, monkeypatch):
+    store(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    X, y = hold_out()
+    model = DummyClassifier().fit(X, y)
+    signature = mlflow.models.infer_signature(X, y.to_numpy())
+    options = {"signature": signature, "pip_requirements": ["mlflow"]}
+    pickled = mlflow.sklearn.log_model(
+        model, name="model", serialization_format="cloudpickle", **options
+    )
+    trusting = mlflow.sklearn.log_model(
+        model,
+        name="model",
+        serialization_format="skops",
+        skops_trusted_types=["builtins.open"],
+        **options,
+    )
+    fine = mlflow.sklearn.log_model(model, name="model", serialization_format="skops", **options)
+    loader = Path(mlflow.artifacts.download_artifacts(fine.model_uri)) / "MLmodel"
+    loader.write_text(loader.read_text().replace("mlflow.sklearn\n", "this\n", 1))
+    mlflow.end_run()
+    for info in (pickled, trusting, fine):
+        process = run(SCRIPT, "--model-uri", info.model_uri, cwd=tmp_path)
+        assert_one_line(process, info.model_uri, "could run code")
+        assert process.stdout == ""
+    assert mlflow.MlflowClient().search_registered_models() == []
+
+
+@pytest.mark.parametrize("uri", ["models:/m-0", "runs:/0/model", "models:/nothing@here", "nowhere"])
+def test_an_unknown_model_ends_in_one_line(uri, tmp_path):
+    assert_one_line(run(SCRIPT, "--model-uri", uri, cwd=tmp_path))
+    client = store(tmp_path)
+    assert client.search_registered_models() == [] and parents("production-deployment") == []
+
+
+def test_a_model_for_other_columns_ends_in_one_line(tmp_path, monkeypatch):
+    store(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    X, y = hold_out()
+    X = X.iloc[:, :5]
+    info = mlflow.sklearn.log_model(
+        DummyClassifier().fit(X, y),
+        name="model",
+        serialization_format="skops",
+        input_example=X.head(),
+        pip_requirements=["mlflow"],
+    )
+    mlflow.end_run()
+    assert_one_line(run(SCRIPT, "--model-uri", info.model_uri, cwd=tmp_path), "columns")
+
+
+KILL = """
+import os, sys
+sys.path.insert(0, {root!r})
+import mlflow
+import production_deployment as script
+
+left = {step}
+def dying(method):
+    def call(*args, **kwargs):
+        global left
+        result = method(*args, **kwargs)
+        left -= 1
+        if left == 0:
+            os._exit(9)  # as with kill -9: nothing is tidied up
+        return result
+    return call
+
+for name in ("create_registered_model", "_create_model_version", "set_registered_model_alias",
+             "set_model_version_tag", "transition_model_version_stage"):
+    setattr(mlflow.MlflowClient, name, dying(getattr(mlflow.MlflowClient, name)))
+script.main()
+"""
+
+
+def test_killed_between_any_two_steps_production_stays_whole(tmp_path):
+    """The next run works, and production is a version that has passed the gate."""
+    client, step, outcomes = store(tmp_path), 0, []
+    while True:
+        step += 1
+        (tmp_path / "kill.py").write_text(KILL.format(root=str(ROOT), step=step))
+        process = subprocess.run(
+            [sys.executable, "kill.py"], cwd=tmp_path, env=user_env(), capture_output=True
+        )
+        assert process.returncode in (0, 9), process.stderr.decode()
+        production = aliases(client).get("production")
+        outcomes.append(production)
+        if production:
+            version = client.get_model_version(NAME, production)
+            assert version.status == "READY" and version.tags["validation_status"] == "passed"
+            mlflow.pyfunc.load_model(f"models:/{NAME}@production").predict(hold_out()[0])
+        if process.returncode == 0:
+            break
+    # Registered, version, staging, seven tags, previous once there is one, production, stage.
+    assert 11 <= step <= 15 and outcomes[0] is None
+    newest = max(int(number) for number in stages(client))
+    assert aliases(client)["production"] == str(newest)
+    assert stages(client)[str(newest)] == "Production"
+    assert sorted(stages(client).values()).count("Production") == 1
+
+
+# The guide: its commands are run as they are printed.
+
+
+def section(guide, title):
+    """Return the commands of a section of the guide: its indented lines."""
+    text = guide.split(f"\n## {title}")[1].split("\n## ")[0]
+    return [line.strip() for line in text.splitlines() if line.startswith("    ")]
+
+
+@pytest.fixture(scope="module")
+def guide(tmp_path_factory):
+    """A deployed version 1: its folder and its guide, from the run's artifact."""
+    folder = tmp_path_factory.mktemp("guide")
+    process = run(SCRIPT, cwd=folder)
+    assert_success(process)
+    store(folder)
+    (run_,) = parents("production-deployment")
+    text = mlflow.artifacts.load_text(f"{run_.info.artifact_uri}/deployment_guide.md")
+    assert text in process.stdout
+    return folder, text
+
+
+def shell(folder, *commands, timeout=120):
+    return subprocess.run(
+        ["bash", "-ec", "\n".join(commands)],
+        cwd=folder,
+        env=user_env(),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+@pytest.fixture(scope="module")
+def served(guide):
+    """The REST commands of the guide, run as printed: (port, the answer to the curl command)."""
+    folder, text = guide
+    export = re.search(r"^    (export .*)$", text, re.M).group(1)
+    serve, download, curl = section(text, "REST API")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    serve, curl = serve.replace("5001", str(port)), curl.replace("5001", str(port))
+    server = subprocess.Popen(
+        ["bash", "-ec", f"{export}\nexec {serve}"],
+        cwd=folder,
+        env=user_env(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while shell(folder, f"curl --fail http://127.0.0.1:{port}/ping").returncode:
+            assert server.poll() is None and time.monotonic() < deadline
+            time.sleep(0.2)
+        answer = shell(folder, export, download, curl)
+        yield port, answer
+    finally:
+        os.killpg(server.pid, signal.SIGINT)  # the guide's Ctrl-C
+        server.wait(timeout=20)
+
+
+def expected_answers(folder):
+    store(folder)
+    body = json.loads((folder / "request" / "serving_input_example.json").read_text())
+    rows = pd.DataFrame(**body["dataframe_split"])
+    return list(mlflow.pyfunc.load_model(f"models:/{NAME}@production").predict(rows))
+
+
+def test_rest_answers_like_the_model(guide, served):
+    _, answer = served
+    assert answer.returncode == 0, answer.stderr
+    line = answer.stdout.strip().splitlines()[-1]
+    assert json.loads(line[line.index("{") :])["predictions"] == expected_answers(guide[0])
+
+
+def test_batch_answers_like_the_model(guide, served):
+    folder, text = guide
+    export = re.search(r"^    (export .*)$", text, re.M).group(1)
+    batch = shell(folder, export, *section(text, "Batch"))
+    assert batch.returncode == 0, batch.stderr
+    predictions = json.loads((folder / "predictions.json").read_text())["predictions"]
+    assert predictions == expected_answers(folder)
+
+
+def test_the_server_listens_on_loopback_only(served):
+    port, _ = served
+    addresses = {info[4][0] for info in socket.getaddrinfo(socket.gethostname(), port)}
+    for address in addresses - {"127.0.0.1", "127.0.1.1", "::1"}:
+        with pytest.raises(OSError):
+            socket.create_connection((address, port), timeout=2).close()
+
+
+def test_bad_requests_are_refused_and_the_server_goes_on(guide, served):
+    port, _ = served
+    good = json.loads((guide[0] / "request" / "serving_input_example.json").read_text())
+    split = good["dataframe_split"]
+    missing = {"columns": split["columns"][1:], "data": [row[1:] for row in split["data"]]}
+    wrong = {"columns": split["columns"], "data": [["x", *row[1:]] for row in split["data"]]}
+    bodies = {
+        "malformed": '{"dataframe_split": ',
+        "missing": json.dumps({"dataframe_split": missing}),
+        "wrong type": json.dumps({"dataframe_split": wrong}),
+        "empty": "",
+    }
+
+    def status(body):
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{port}/invocations",
+            data=body.encode(),
+            headers={"Content-Type": "application/json"},
+        )
+        try:
+            return urllib.request.urlopen(request, timeout=10).status
+        except urllib.error.HTTPError as error:
+            return error.code
+
+    for name, body in bodies.items():
+        assert 400 <= status(body) < 500, name
+        assert status(json.dumps(good)) == 200
+
+
+def test_eight_clients_lose_nothing(served):
+    """8 × 500 requests of one row each, every answer compared; bounded in number and in time."""
+    port, _ = served
+    X, _ = hold_out()
+    expected = mlflow.pyfunc.load_model(f"models:/{NAME}@production").predict(X)
+    bodies = [
+        json.dumps({"dataframe_split": X.iloc[[i]].to_dict(orient="split", index=False)})
+        for i in range(len(X))
+    ]
+    deadline = time.monotonic() + 180
+
+    def client(number):
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+        right = 0
+        for request in range(500):
+            assert time.monotonic() < deadline
+            i = (number * 500 + request) % len(X)
+            headers = {"Content-Type": "application/json"}
+            connection.request("POST", "/invocations", bodies[i], headers)
+            answer = json.loads(connection.getresponse().read())
+            right += answer == {"predictions": [expected[i]]}
+        connection.close()
+        return right
+
+    with ThreadPoolExecutor(8) as clients:
+        assert list(clients.map(client, range(8))) == [500] * 8
+
+
+def test_the_docker_context_serves_this_model(guide):
+    folder, text = guide
+    export = re.search(r"^    (export .*)$", text, re.M).group(1)
+    generate, build, run_ = section(text, "Docker")
+    process = shell(folder, export, generate)
+    assert process.returncode == 0, process.stderr
+    dockerfile = (folder / "image" / "Dockerfile").read_text()
+    models = list((folder / "image").rglob("MLmodel"))
+    assert len(models) == 1 and models[0].parent.name in dockerfile
+    X, _ = hold_out()
+    store(folder)
+    production = mlflow.pyfunc.load_model(f"models:/{NAME}@production")
+    packed = mlflow.pyfunc.load_model(str(models[0].parent))
+    assert packed.metadata.model_id == production.metadata.model_id
+    assert list(packed.predict(X)) == list(production.predict(X))
+    requirements = (models[0].parent / "requirements.txt").read_text().split()
+    assert all("==" in line for line in requirements)
+    assert build.startswith(f"docker build --tag {NAME}:1 ") and f"{NAME}:1" in run_
+    assert "--publish 127.0.0.1:" in run_
+
+
+def test_every_mlflow_command_of_the_guide_exists(guide):
+    _, text = guide
+    commands = {line.strip() for line in re.findall(r"^    (mlflow .*)$", text, re.M)}
+    assert len(commands) >= 7
+    for command in commands:
+        words = shlex.split(command)
+        options = {word for word in words if word.startswith("--")}
+        first = next((i for i, word in enumerate(words) if word.startswith("--")), len(words))
+        process = shell("/", shlex.join([*words[:first], "--help"]))
+        assert process.returncode == 0, command
+        known = set(re.findall(r"--[a-z-]+", process.stdout))
+        assert options <= known, command
+
+
+def test_the_guide_names_this_version_and_every_platform(guide):
+    _, text = guide
+    assert text.startswith(f"# Deploy {NAME} version 1\n")
+    for platform in ("SageMaker", "Azure ML", "Vertex AI", "Databricks", "KServe"):
+        title = next(line for line in text.splitlines() if platform in line)
+        assert title.startswith("## ") and "needs" in title and section(text, title[3:])
+    (manifest,) = re.findall(r"<<'EOF'\n(.*?)    EOF", text, re.S)
+    assert json.loads(manifest)["kind"] == "InferenceService"
+    (served,) = re.findall(r"--json '(.*)'", text)
+    entity = json.loads(served)["config"]["served_entities"][0]
+    assert entity["entity_version"] == "1"
+    assert not re.search(r"0\.0\.0\.0|--no-conda|enable-mlserver", text)
+
+
+# The swap without downtime, as the README shows it.
+
+
+def test_the_readme_snippet_swaps_without_a_failed_or_mixed_answer(tmp_path, monkeypatch):
+    store(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S)
+    (snippet,) = (block for block in blocks if "class LiveModel" in block)
+    names = {}
+    exec(snippet.split("\n\nmodel = ")[0], names)
+    X, y = hold_out()
+    client = mlflow.MlflowClient()
+    client.create_registered_model(NAME)
+    for answer in ("benign", "malignant"):
+        constant = DummyClassifier(strategy="constant", constant=answer).fit(X, y)
+        logged = mlflow.sklearn.log_model(
+            constant, name="model", serialization_format="skops", pip_requirements=["mlflow"]
+        )
+        client.create_model_version(NAME, logged.model_uri)
+    mlflow.end_run()
+    client.set_registered_model_alias(NAME, "production", "1")
+    model = names["LiveModel"](NAME, interval=0.2)
+    answers, stop = [], threading.Event()
+
+    def ask():
+        while not stop.is_set():
+            start = time.monotonic()
+            answers.append((start, time.monotonic(), frozenset(model.predict(X))))
+
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    try:
+        for swap in range(10):
+            version, answer = (("2", "malignant"), ("1", "benign"))[swap % 2]
+            client.set_registered_model_alias(NAME, "production", version)
+            moved = time.monotonic()
+            while not (answers and answers[-1][0] > moved and answers[-1][2] == {answer}):
+                assert time.monotonic() < moved + 0.2 + 5, "the new version does not answer"
+                time.sleep(0.01)
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert {answer for *_, answer in answers} == {frozenset({"benign"}), frozenset({"malignant"})}
+    assert all(thread is not None for thread in threads) and len(answers) > 20
