@@ -45,15 +45,14 @@ TRUSTED = ["sklearn.tree._tree.Tree"]  # skops asks about each type that it does
 
 
 def load_data():
-    """Return 569 × 30 features, 569 labels (malignant or benign) and the data's name."""
-    data = load_breast_cancer(as_frame=True)
-    labels = data.target.map(dict(enumerate(data.target_names))).rename("diagnosis")
-    return data.data, labels, "breast-cancer"
-
-
-def as_dataset(X, y, name):
-    """Return MLflow's record of these rows (name, digest, schema), to link metrics to."""
-    return mlflow.data.from_pandas(X.assign(**{y.name: y}), targets=y.name, name=name)
+    """Yield the training part, then the hold-out: features, labels and MLflow's data set each."""
+    data = load_breast_cancer(as_frame=True)  # 569 rows × 30 features, malignant or benign
+    table = data.data.assign(diagnosis=data.target_names[data.target])
+    labels = table["diagnosis"]
+    parts = train_test_split(table, test_size=TEST_SIZE, stratify=labels, random_state=SEED)
+    for part, name in zip(parts, ("breast-cancer-train", "breast-cancer-test"), strict=True):
+        dataset = mlflow.data.from_pandas(part, targets="diagnosis", name=name)
+        yield part.drop(columns="diagnosis"), part["diagnosis"], dataset
 
 
 def open_store(experiment):
@@ -89,14 +88,12 @@ def run_trial(name, params, X, y):
 def start_trials(combinations, X, y, backend="loky"):
     """Start to try the combinations (name: parameters) on all cores; return the results to come.
 
-    A result can be taken as soon as it is there, while the workers train on, so tracking costs
-    next to nothing. The longest go first: one that came last would leave the other cores idle.
+    The workers train while this process logs what has finished: tracking costs next to nothing.
     """
-    longest_first = reversed(combinations.items())
+    # The longest first: one that came last would leave the other cores idle.
+    tasks = [delayed(run_trial)(name, combinations[name], X, y) for name in reversed(combinations)]
     with parallel_config(backend):
-        return Parallel(n_jobs=-1, return_as="generator_unordered")(
-            delayed(run_trial)(name, params, X, y) for name, params in longest_first
-        )
+        return Parallel(n_jobs=-1, return_as="generator_unordered")(tasks)
 
 
 def log_trials(results, combinations, dataset):
@@ -152,7 +149,7 @@ def refinement(best, grid):
 
 
 def cheapest_within_one_se(trials):
-    """Return the cheapest trial whose score is within one standard error of the best one's.
+    """Return the cheapest that the best does not beat by more than one standard error.
 
     The rule of Breiman et al., Classification and Regression Trees (1984), section 3.4.3.
     """
@@ -200,11 +197,7 @@ def main():
     parser.add_argument("--resume", metavar="RUN_ID", help="continue a search that was cut short")
     parser.add_argument("--scheduler", metavar="ADDRESS", help="train on this Dask cluster")
     args = parser.parse_args()
-    X, y, data_name = load_data()
-    split = train_test_split(X, y, test_size=TEST_SIZE, stratify=y, random_state=SEED)
-    X_train, X_test, y_train, y_test = split
-    train = as_dataset(X_train, y_train, f"{data_name}-train")
-    test = as_dataset(X_test, y_test, f"{data_name}-test")
+    (X_train, y_train, train), (X_test, y_test, test) = load_data()
     plan = {"grid": str(PARAM_GRID), "folds": f"{FOLDS}, seed {SEED}", "rows": train.digest}
     start, done, backend = time.perf_counter(), set(), "dask" if args.scheduler else "loky"
     try:
@@ -264,9 +257,8 @@ def main():
     print(trials.head().to_string(index=False, float_format="{:.4f}".format))
     print(f"\nBest parameters:   {best_params}")
     print(f"Hold-out accuracy: {metrics['test_accuracy']:.4f}")
-    share = cheap["fit_seconds"] / best["fit_seconds"]
+    share, compute = cheap["fit_seconds"] / best["fit_seconds"], trials["fit_seconds"].sum() * FOLDS
     print(f"Cheapest within one standard error: {cheap['trial']}, {share:.0%} of the time to fit")
-    compute = trials["fit_seconds"].sum() * FOLDS
     print(f"Cost: {compute:.0f} s of fitting in {metrics['search_seconds']:.0f} s\n")
     print_where_to_look(parent.info.experiment_id)
     print("Next:  python model_comparison.py")

@@ -64,15 +64,14 @@ TRUSTED = [  # skops asks about each type that it does not know
 
 
 def load_data():
-    """Return 569 × 30 features, 569 labels (malignant or benign) and the data's name."""
-    data = load_breast_cancer(as_frame=True)
-    labels = data.target.map(dict(enumerate(data.target_names))).rename("diagnosis")
-    return data.data, labels, "breast-cancer"
-
-
-def as_dataset(X, y, name):
-    """Return MLflow's record of these rows (name, digest, schema), to link metrics to."""
-    return mlflow.data.from_pandas(X.assign(**{y.name: y}), targets=y.name, name=name)
+    """Yield the training part, then the hold-out: features, labels and MLflow's data set each."""
+    data = load_breast_cancer(as_frame=True)  # 569 rows × 30 features, malignant or benign
+    table = data.data.assign(diagnosis=data.target_names[data.target])
+    labels = table["diagnosis"]
+    parts = train_test_split(table, test_size=TEST_SIZE, stratify=labels, random_state=SEED)
+    for part, name in zip(parts, ("breast-cancer-train", "breast-cancer-test"), strict=True):
+        dataset = mlflow.data.from_pandas(part, targets="diagnosis", name=name)
+        yield part.drop(columns="diagnosis"), part["diagnosis"], dataset
 
 
 def open_store(experiment):
@@ -105,12 +104,12 @@ def score_folds(model, X, y):
     return pd.DataFrame(table).rename(columns=lambda name: name.removeprefix("test_"))
 
 
-def log_candidate(name, model, parts, train, test):
+def log_candidate(name, model, parts):
     """Score, fit, log and time one candidate: a child of the active run, FAILED if it raises.
 
     Returns the child's id and the accuracy on each fold, None if it failed.
     """
-    X_train, X_test, y_train, y_test = parts
+    (X_train, y_train, train), (X_test, y_test, test) = parts
     tags = {"comparison": mlflow.active_run().info.run_id, "candidate": name}
     try:
         with mlflow.start_run(run_name=name, nested=True) as run:
@@ -231,16 +230,11 @@ def print_where_to_look(experiment_id):
 def main():
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.parse_args()
-    X, y, data_name = load_data()
+    parts = (X_train, y_train, train), (X_test, y_test, test) = tuple(load_data())
     try:
         experiment_id = open_store(EXPERIMENT)
     except (OSError, MlflowException) as error:
         parser.exit(2, f"{parser.prog}: {str(error).splitlines()[0]}\n")
-    parts = X_train, X_test, y_train, y_test = train_test_split(
-        X, y, test_size=TEST_SIZE, stratify=y, random_state=SEED
-    )
-    train = as_dataset(X_train, y_train, f"{data_name}-train")
-    test = as_dataset(X_test, y_test, f"{data_name}-test")
 
     with mlflow.start_run(run_name="comparison") as parent:
         parent_id, accuracy, run_ids = parent.info.run_id, {}, {}
@@ -249,7 +243,7 @@ def main():
             mlflow.log_metrics({"baseline_cv_accuracy": baseline.mean()}, dataset=train)
             for number, (name, model) in enumerate(CANDIDATES.items(), 1):
                 print(f"{number}/{len(CANDIDATES)}  {name}", flush=True)
-                run_ids[name], accuracy[name] = log_candidate(name, model, parts, train, test)
+                run_ids[name], accuracy[name] = log_candidate(name, model, parts)
         except KeyboardInterrupt:
             mlflow.end_run("KILLED")
             parser.exit(130, "\nStopped; nothing has been compared.\n")
@@ -282,10 +276,12 @@ def main():
         scores.insert(1, "cv_accuracy_std")
         tests = ["p_vs_best", "p_vs_baseline", *COSTS, "verdict"]
         mlflow.log_text(runs[scores + tests].to_csv(), "comparison.csv")
+        whole = runs[["rows_per_second", "model_size_bytes"]].round().astype("Int64")
         text = "\n\n".join(
-            runs[columns].to_string(float_format="{:,.4f}".format, na_rep="-", index_names=False)
+            runs.assign(**whole)[columns].to_string(float_format="{:.4f}".format, index_names=False)
             for columns in (scores, tests)
         )
+        text += f"\n\nBaseline, always the most frequent class: cv_accuracy {baseline.mean():.4f}"
         mlflow.set_tag("mlflow.note.content", f"```\n{text}\n```")
 
     print(f"\n{text}\n")
@@ -296,7 +292,7 @@ def main():
     print(f"  best = mlflow.search_logged_models({arguments})[0]")
     print("  model = mlflow.pyfunc.load_model(best.model_uri)")
     print_where_to_look(experiment_id)
-    print("Next:  python production_deployment.py")
+    print(f"Next:  python production_deployment.py --model-uri {best.model_uri}")
 
 
 if __name__ == "__main__":
