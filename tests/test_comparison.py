@@ -191,9 +191,9 @@ def test_pictures_and_description(sessions):
 def test_shuffled_labels_beat_no_baseline(tmp_path):
     change = f"""{FEW}
 load_data = script.load_data
-def shuffled():
-    X, y, name = load_data()
-    return X, y.sample(frac=1, random_state=7).set_axis(y.index), name
+def shuffled(*args):
+    for X, y, dataset in load_data(*args):
+        yield X, y.sample(frac=1, random_state=7).set_axis(y.index), dataset
 script.load_data = shuffled"""
     assert drive(tmp_path, change)[::2] == (0, "")
     store(tmp_path)

@@ -198,10 +198,11 @@ def test_ctrl_c_keeps_what_has_finished_and_prints_how_to_go_on(
 
 def test_resume_after_a_kill(tmp_path, assert_same_result):
     script = edited(tmp_path, SCRIPT, PARAM_GRID=SLOW_GRID)
-    process = start(sys.executable, script, cwd=tmp_path)
+    process = start(sys.executable, script, cwd=tmp_path, start_new_session=True)
     wait_until(lambda: len(finished(tmp_path)) >= 3)
     process.kill()
     process.wait()
+    os.killpg(process.pid, signal.SIGKILL)  # its workers, which nobody is left to end
     (search,) = parents("hyperparameter-tuning")
     with mlflow.start_run(
         experiment_id=search.info.experiment_id,
