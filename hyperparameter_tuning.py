@@ -13,9 +13,11 @@ It leaves this in the store (sqlite:///mlflow.db, or MLFLOW_TRACKING_URI where t
         └── …             up to coarse-0027, then with --refine refine-0001 and so on
 """
 
+import contextlib
 import logging
 import os
 import shlex
+import sqlite3
 import sys
 import time
 import warnings
@@ -60,15 +62,20 @@ def open_store(experiment):
     logging.disable(logging.INFO)  # MLflow reports every table that it makes; warnings still show
     os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # two lines for every run
     os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"  # on stderr, for every file
-    uri = mlflow.get_tracking_uri()
-    if uri.startswith("http"):  # MLflow itself would retry an absent server for four minutes
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")  # its own 7 take four minutes
+    uri, lock = mlflow.get_tracking_uri(), ":memory:"
+    if uri.startswith("http"):
         try:
             urlopen(f"{uri}/health", timeout=5).close()
         except OSError as error:
             raise OSError(f"no MLflow server answers at {uri}, start it: {error}") from error
+    elif uri.startswith("sqlite:///"):
+        lock = f"{uri.removeprefix('sqlite:///')}.lock"
     import skops.io  # noqa: F401  log_model needs it: a pause of a second, better here than there
 
-    return mlflow.set_experiment(experiment).experiment_id
+    with contextlib.closing(sqlite3.connect(lock, timeout=60)) as connection:
+        connection.execute("BEGIN EXCLUSIVE")  # one process makes the tables, the others wait
+        return mlflow.set_experiment(experiment).experiment_id
 
 
 def run_trial(name, params, X, y):
@@ -215,7 +222,7 @@ def main():
         open_store(EXPERIMENT)  # a new one takes seconds: the workers train meanwhile
     except ImportError:
         parser.exit(2, f"{parser.prog}: --scheduler needs Dask: pip install distributed\n")
-    except (OSError, ValueError, MlflowException) as error:
+    except (OSError, ValueError, sqlite3.Error, MlflowException) as error:
         warnings.simplefilter("ignore")  # joblib's about the trials that are given up
         parser.exit(2, f"{parser.prog}: {str(error).splitlines()[0]}\n")
 

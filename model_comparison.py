@@ -16,8 +16,10 @@ It leaves this in the store (sqlite:///mlflow.db, or MLFLOW_TRACKING_URI where t
         └── svm                  fit_seconds, latency_ms_p50 …; parameters; the model `model`
 """
 
+import contextlib
 import logging
 import os
+import sqlite3
 import timeit
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from importlib.metadata import version
@@ -79,15 +81,20 @@ def open_store(experiment):
     logging.disable(logging.INFO)  # MLflow reports every table that it makes; warnings still show
     os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # two lines for every run
     os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"  # on stderr, for every file
-    uri = mlflow.get_tracking_uri()
-    if uri.startswith("http"):  # MLflow itself would retry an absent server for four minutes
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")  # its own 7 take four minutes
+    uri, lock = mlflow.get_tracking_uri(), ":memory:"
+    if uri.startswith("http"):
         try:
             urlopen(f"{uri}/health", timeout=5).close()
         except OSError as error:
             raise OSError(f"no MLflow server answers at {uri}, start it: {error}") from error
+    elif uri.startswith("sqlite:///"):
+        lock = f"{uri.removeprefix('sqlite:///')}.lock"
     import skops.io  # noqa: F401  log_model needs it: a pause of a second, better here than there
 
-    return mlflow.set_experiment(experiment).experiment_id
+    with contextlib.closing(sqlite3.connect(lock, timeout=60)) as connection:
+        connection.execute("BEGIN EXCLUSIVE")  # one process makes the tables, the others wait
+        return mlflow.set_experiment(experiment).experiment_id
 
 
 def score(model, X, y):
@@ -233,7 +240,7 @@ def main():
     parts = (X_train, y_train, train), (X_test, y_test, test) = tuple(load_data())
     try:
         experiment_id = open_store(EXPERIMENT)
-    except (OSError, MlflowException) as error:
+    except (OSError, sqlite3.Error, MlflowException) as error:
         parser.exit(2, f"{parser.prog}: {str(error).splitlines()[0]}\n")
 
     with mlflow.start_run(run_name="comparison") as parent:

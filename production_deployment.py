@@ -21,6 +21,7 @@ import contextlib
 import logging
 import os
 import re
+import sqlite3
 import statistics
 import sys
 import timeit
@@ -73,15 +74,20 @@ def open_store(experiment):
     logging.disable(logging.INFO)  # MLflow reports every table that it makes; warnings still show
     os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # two lines for every run
     os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"  # on stderr, for every file
-    uri = mlflow.get_tracking_uri()
-    if uri.startswith("http"):  # MLflow itself would retry an absent server for four minutes
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")  # its own 7 take four minutes
+    uri, lock = mlflow.get_tracking_uri(), ":memory:"
+    if uri.startswith("http"):
         try:
             urlopen(f"{uri}/health", timeout=5).close()
         except OSError as error:
             raise OSError(f"no MLflow server answers at {uri}, start it: {error}") from error
+    elif uri.startswith("sqlite:///"):
+        lock = f"{uri.removeprefix('sqlite:///')}.lock"
     import skops.io  # noqa: F401  log_model needs it: a pause of a second, better here than there
 
-    return mlflow.set_experiment(experiment).experiment_id
+    with contextlib.closing(sqlite3.connect(lock, timeout=60)) as connection:
+        connection.execute("BEGIN EXCLUSIVE")  # one process makes the tables, the others wait
+        return mlflow.set_experiment(experiment).experiment_id
 
 
 def log_model(model, X):
@@ -237,7 +243,7 @@ def main():
             print(f"Rolled {NAME} back from version {current} to version {previous}")
             return
         model_id = check_before_loading(args.model_uri, X_test) if args.model_uri else None
-    except (OSError, ValueError, MlflowException) as error:
+    except (OSError, ValueError, sqlite3.Error, MlflowException) as error:
         parser.exit(2, f"{parser.prog}: {str(error).splitlines()[0]}\n")
 
     with mlflow.start_run(run_name="deployment") as run:

@@ -2,7 +2,10 @@
 
 import ast
 import re
+import shutil
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import mlflow
@@ -13,9 +16,11 @@ from conftest import (
     assert_one_line,
     assert_success,
     children,
+    edited,
     parents,
     run,
     store,
+    user_env,
 )
 from sklearn.datasets import load_breast_cancer
 from sklearn.ensemble import HistGradientBoostingClassifier, RandomForestClassifier
@@ -273,6 +278,37 @@ def test_a_tracking_server_that_hangs_ends_in_one_line(tmp_path):
         uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
         process = run(SCRIPTS[0], cwd=tmp_path, timeout=15, MLFLOW_TRACKING_URI=uri)
     assert_one_line(process, uri, "timed out")
+
+
+def test_scripts_started_together_in_an_empty_folder_all_succeed(tmp_path):
+    edited(tmp_path, SCRIPTS[0], PARAM_GRID={"max_depth": [1, 3], "n_estimators": [5]})
+    edited(tmp_path, SCRIPTS[1], REPEATS=2)
+    shutil.copy(ROOT / SCRIPTS[2], tmp_path)
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    started = [
+        subprocess.Popen(
+            [sys.executable, tmp_path / script],
+            cwd=folder,
+            env=user_env(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for script in SCRIPTS
+    ]
+    ended = [(*process.communicate(timeout=120), process.returncode) for process in started]
+    assert [(code, err) for _, err, code in ended] == [(0, "")] * 3
+    store(folder)
+    for experiment, count in zip(
+        ("hyperparameter-tuning", "model-comparison", "production-deployment"),
+        (2, 4, 0),
+        strict=True,
+    ):
+        (parent,) = parents(experiment)
+        runs = [parent, *children(parent).values()]
+        assert len(runs) == 1 + count
+        assert {one.info.status for one in runs} == {"FINISHED"}
 
 
 def test_the_scripts_share_conventions_and_nothing_else():
