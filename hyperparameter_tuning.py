@@ -32,6 +32,7 @@ from mlflow.exceptions import MlflowException
 from sklearn.datasets import load_breast_cancer
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.model_selection import ParameterGrid, StratifiedKFold, cross_validate, train_test_split
+from sqlalchemy.exc import SQLAlchemyError
 
 EXPERIMENT = "hyperparameter-tuning"
 SEED = 42  # of the split, the folds and the forests
@@ -73,9 +74,13 @@ def open_store(experiment):
         lock = f"{uri.removeprefix('sqlite:///')}.lock"
     import skops.io  # noqa: F401  log_model needs it: a pause of a second, better here than there
 
-    with contextlib.closing(sqlite3.connect(lock, timeout=60)) as connection:
-        connection.execute("BEGIN EXCLUSIVE")  # one process makes the tables, the others wait
-        return mlflow.set_experiment(experiment).experiment_id
+    try:
+        with contextlib.closing(sqlite3.connect(lock, timeout=60)) as connection:
+            connection.execute("BEGIN EXCLUSIVE")  # one process makes the tables, the others wait
+            return mlflow.set_experiment(experiment).experiment_id
+    except (sqlite3.Error, SQLAlchemyError) as error:
+        place = uri.split("@")[-1]  # without a password
+        raise OSError(f"cannot use {place}, is it locked or read-only? {error}") from error
 
 
 def run_trial(name, params, X, y):
@@ -222,7 +227,7 @@ def main():
         open_store(EXPERIMENT)  # a new one takes seconds: the workers train meanwhile
     except ImportError:
         parser.exit(2, f"{parser.prog}: --scheduler needs Dask: pip install distributed\n")
-    except (OSError, ValueError, sqlite3.Error, MlflowException) as error:
+    except (OSError, ValueError, MlflowException) as error:
         warnings.simplefilter("ignore")  # joblib's about the trials that are given up
         parser.exit(2, f"{parser.prog}: {str(error).splitlines()[0]}\n")
 

@@ -41,6 +41,7 @@ from sklearn.model_selection import RepeatedStratifiedKFold, cross_validate, tra
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC
+from sqlalchemy.exc import SQLAlchemyError
 from threadpoolctl import threadpool_limits
 
 EXPERIMENT = "model-comparison"
@@ -92,9 +93,13 @@ def open_store(experiment):
         lock = f"{uri.removeprefix('sqlite:///')}.lock"
     import skops.io  # noqa: F401  log_model needs it: a pause of a second, better here than there
 
-    with contextlib.closing(sqlite3.connect(lock, timeout=60)) as connection:
-        connection.execute("BEGIN EXCLUSIVE")  # one process makes the tables, the others wait
-        return mlflow.set_experiment(experiment).experiment_id
+    try:
+        with contextlib.closing(sqlite3.connect(lock, timeout=60)) as connection:
+            connection.execute("BEGIN EXCLUSIVE")  # one process makes the tables, the others wait
+            return mlflow.set_experiment(experiment).experiment_id
+    except (sqlite3.Error, SQLAlchemyError) as error:
+        place = uri.split("@")[-1]  # without a password
+        raise OSError(f"cannot use {place}, is it locked or read-only? {error}") from error
 
 
 def score(model, X, y):
@@ -240,7 +245,7 @@ def main():
     parts = (X_train, y_train, train), (X_test, y_test, test) = tuple(load_data())
     try:
         experiment_id = open_store(EXPERIMENT)
-    except (OSError, sqlite3.Error, MlflowException) as error:
+    except (OSError, MlflowException) as error:
         parser.exit(2, f"{parser.prog}: {str(error).splitlines()[0]}\n")
 
     with mlflow.start_run(run_name="comparison") as parent:

@@ -39,6 +39,7 @@ from sklearn.metrics import accuracy_score
 from sklearn.model_selection import StratifiedKFold, cross_val_score, train_test_split
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from sqlalchemy.exc import SQLAlchemyError
 
 EXPERIMENT = "production-deployment"
 NAME = "breast-cancer-classifier"  # of the registered model
@@ -85,9 +86,13 @@ def open_store(experiment):
         lock = f"{uri.removeprefix('sqlite:///')}.lock"
     import skops.io  # noqa: F401  log_model needs it: a pause of a second, better here than there
 
-    with contextlib.closing(sqlite3.connect(lock, timeout=60)) as connection:
-        connection.execute("BEGIN EXCLUSIVE")  # one process makes the tables, the others wait
-        return mlflow.set_experiment(experiment).experiment_id
+    try:
+        with contextlib.closing(sqlite3.connect(lock, timeout=60)) as connection:
+            connection.execute("BEGIN EXCLUSIVE")  # one process makes the tables, the others wait
+            return mlflow.set_experiment(experiment).experiment_id
+    except (sqlite3.Error, SQLAlchemyError) as error:
+        place = uri.split("@")[-1]  # without a password
+        raise OSError(f"cannot use {place}, is it locked or read-only? {error}") from error
 
 
 def log_model(model, X):
@@ -243,7 +248,7 @@ def main():
             print(f"Rolled {NAME} back from version {current} to version {previous}")
             return
         model_id = check_before_loading(args.model_uri, X_test) if args.model_uri else None
-    except (OSError, ValueError, sqlite3.Error, MlflowException) as error:
+    except (OSError, ValueError, MlflowException) as error:
         parser.exit(2, f"{parser.prog}: {str(error).splitlines()[0]}\n")
 
     with mlflow.start_run(run_name="deployment") as run:
