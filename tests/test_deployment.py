@@ -106,6 +106,18 @@ def test_the_gate_figures_and_tags_are_true(deployed):
     assert linked["cv_accuracy"] == "breast-cancer-train"
 
 
+def test_the_accuracy_lost_is_against_the_model_in_production(deployed, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from production_deployment import judge
+
+    X, y = hold_out()
+    candidate = mlflow.pyfunc.load_model(f"models:/{NAME}@production")
+    current = DummyClassifier().fit(X, y)
+    lost = (current.predict(X) == y).mean() - (candidate.predict(X) == y).mean()
+    figures = judge(candidate, current, X, y)
+    assert lost < -0.1 and figures["accuracy_lost"] == pytest.approx(lost, abs=1e-9)
+
+
 def test_roll_back_and_back_again(deployed):
     folder, client = deployed
     assert_one_line(run(SCRIPT, "--rollback", cwd=folder), NAME, "no previous version")
