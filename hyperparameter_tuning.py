@@ -16,6 +16,7 @@ It leaves this in the store (sqlite:///mlflow.db, or MLFLOW_TRACKING_URI where t
 import contextlib
 import logging
 import os
+import re
 import shlex
 import sqlite3
 import sys
@@ -23,15 +24,20 @@ import time
 import warnings
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from importlib.metadata import version
+from pathlib import Path
 from urllib.request import urlopen
 
 import mlflow
 import pandas as pd
 from joblib import Parallel, delayed, parallel_config
 from mlflow.exceptions import MlflowException
+from sklearn.compose import make_column_selector, make_column_transformer
 from sklearn.datasets import load_breast_cancer
 from sklearn.ensemble import RandomForestClassifier
+from sklearn.impute import SimpleImputer
 from sklearn.model_selection import ParameterGrid, StratifiedKFold, cross_validate, train_test_split
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import OneHotEncoder, StandardScaler
 from sqlalchemy.exc import SQLAlchemyError
 
 EXPERIMENT = "hyperparameter-tuning"
@@ -44,18 +50,60 @@ PARAM_GRID = {  # from cheap to costly: of combinations with equal scores the fi
     "n_estimators": [20, 100, 300],
 }
 PACKAGES = ["mlflow", "scikit-learn", "skops", "pandas", "numpy", "scipy"]  # that the model needs
-TRUSTED = ["sklearn.tree._tree.Tree"]  # skops asks about each type that it does not know
+TRUSTED = [  # skops asks about each type that it does not know
+    "numpy.dtype",
+    "sklearn.compose._column_transformer.make_column_selector",
+    "sklearn.tree._tree.Tree",
+]
 
 
-def load_data():
-    """Yield the training part, then the hold-out: features, labels and MLflow's data set each."""
-    data = load_breast_cancer(as_frame=True)  # 569 rows × 30 features, malignant or benign
-    table = data.data.assign(diagnosis=data.target_names[data.target])
-    labels = table["diagnosis"]
+def load_data(csv=None, target="diagnosis"):
+    """Yield the training part, then the hold-out: features, labels and MLflow's data set each.
+
+    Of a CSV file, or of scikit-learn's breast cancer data (569 rows × 30 features). Raises OSError
+    or ValueError if it cannot be read, or if no classifier can learn the target from it.
+    """
+    data = load_breast_cancer(as_frame=True)
+    name, table = "breast-cancer", data.data.assign(diagnosis=data.target_names[data.target])
+    if csv:
+        name = "-".join(re.findall("[a-z0-9]+", Path(csv).stem.lower())) or "table"
+        table = pd.read_csv(csv, low_memory=False)
+    if target not in table:
+        raise ValueError(f"no column {target!r} in {name}, only {', '.join(map(repr, table))}")
+    if gaps := table[target].isna().sum():
+        print(f"{gaps} of {len(table)} rows have no {target!r} and are left out")
+        table = table.dropna(subset=[target])
+    labels = table.pop(target).convert_dtypes().astype(str)  # in spite of gaps 1, not 1.0
+    count = labels.value_counts()
+    if len(count) < 2 or count.min() * (1 - TEST_SIZE) < FOLDS:
+        least = f"needs 2 or more classes of {FOLDS / (1 - TEST_SIZE):.0f} or more rows"
+        raise ValueError(f"{target!r} {least}, has {len(count)}, one in {count.min()} rows")
+    numbers = table.convert_dtypes().select_dtypes(["number", "boolean"])
+    table = table.astype(dict.fromkeys(numbers, "float64"))  # which can hold a gap
+    for column in table.select_dtypes(exclude="number"):
+        if table[column].dropna().str.match(r"\d{1,4}[-/.]\d{1,2}[-/.]\d{1,4}").all():
+            raise ValueError(f"column {column!r} holds dates: turn them into numbers, such as days")
+    table[target] = labels
     parts = train_test_split(table, test_size=TEST_SIZE, stratify=labels, random_state=SEED)
-    for part, name in zip(parts, ("breast-cancer-train", "breast-cancer-test"), strict=True):
-        dataset = mlflow.data.from_pandas(part, targets="diagnosis", name=name)
-        yield part.drop(columns="diagnosis"), part["diagnosis"], dataset
+    for part, kind in zip(parts, ("train", "test"), strict=True):
+        dataset = mlflow.data.from_pandas(part, targets=target, name=f"{name}-{kind}")
+        yield part.drop(columns=target), part[target], dataset
+
+
+def with_preprocessing(model):
+    """Return a pipeline that takes raw rows: it fills gaps, scales numbers and encodes text."""
+    numbers = make_pipeline(SimpleImputer(keep_empty_features=True), StandardScaler())
+    fill = {"strategy": "constant", "fill_value": "missing"}
+    text = make_pipeline(
+        SimpleImputer(**fill),  # a gap in a table, then one in a request
+        SimpleImputer(missing_values=None, **fill),
+        OneHotEncoder(handle_unknown="ignore", max_categories=20, sparse_output=False),
+    )
+    columns = make_column_transformer(
+        (numbers, make_column_selector(dtype_include="number")),
+        (text, make_column_selector(dtype_exclude="number")),
+    )
+    return make_pipeline(columns, model)
 
 
 def open_store(experiment):
@@ -86,7 +134,7 @@ def open_store(experiment):
 def run_trial(name, params, X, y):
     """Cross-validate one combination; return its name, its metrics and the error if it raised."""
     folds = StratifiedKFold(FOLDS, shuffle=True, random_state=SEED)
-    model = RandomForestClassifier(**params, random_state=SEED)
+    model = with_preprocessing(RandomForestClassifier(**params, random_state=SEED))
     try:
         scores = cross_validate(model, X, y, cv=folds, scoring="accuracy", error_score="raise")
     except Exception as error:  # one bad combination must not end the search
@@ -205,14 +253,19 @@ def print_where_to_look(experiment_id):
 
 def main():
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("--csv", metavar="FILE", help="learn from this table instead")
+    parser.add_argument("--target", default="diagnosis", help="its column that holds the classes")
     parser.add_argument("--refine", action="store_true", help="go on with a finer grid")
     parser.add_argument("--resume", metavar="RUN_ID", help="continue a search that was cut short")
     parser.add_argument("--scheduler", metavar="ADDRESS", help="train on this Dask cluster")
     args = parser.parse_args()
-    (X_train, y_train, train), (X_test, y_test, test) = load_data()
-    plan = {"grid": str(PARAM_GRID), "folds": f"{FOLDS}, seed {SEED}", "rows": train.digest}
+    own_data = ["--csv", args.csv, "--target", args.target] if args.csv else []
     start, done, backend = time.perf_counter(), set(), "dask" if args.scheduler else "loky"
+    # joblib's warning about what workers did in vain, should the search end early.
+    warnings.filterwarnings("ignore", r"\d+ tasks ")
     try:
+        (X_train, y_train, train), (X_test, y_test, test) = load_data(args.csv, args.target)
+        plan = {"grid": str(PARAM_GRID), "folds": f"{FOLDS}, seed {SEED}", "rows": train.digest}
         coarse = {f"coarse-{i:04}": params for i, params in enumerate(ParameterGrid(PARAM_GRID), 1)}
         RandomForestClassifier().set_params(**coarse["coarse-0001"])  # raises if one is unknown
         if args.scheduler:
@@ -228,7 +281,6 @@ def main():
     except ImportError:
         parser.exit(2, f"{parser.prog}: --scheduler needs Dask: pip install distributed\n")
     except (OSError, ValueError, MlflowException) as error:
-        warnings.simplefilter("ignore")  # joblib's about the trials that are given up
         parser.exit(2, f"{parser.prog}: {str(error).splitlines()[0]}\n")
 
     with mlflow.start_run(run_id=args.resume, run_name="grid-search") as parent:
@@ -254,8 +306,8 @@ def main():
 
         best, cheap = trials.iloc[0], cheapest_within_one_se(trials)
         best_params = combinations[best["trial"]]
-        model = RandomForestClassifier(**best_params, random_state=SEED).fit(X_train, y_train)
-        model_id = log_model(model, X_train).model_id
+        model = with_preprocessing(RandomForestClassifier(**best_params, random_state=SEED))
+        model_id = log_model(model.fit(X_train, y_train), X_train).model_id
         mlflow.log_params({f"best_{name}": value for name, value in best_params.items()})
         mlflow.log_metric("best_cv_accuracy", best["cv_accuracy"], model_id=model_id, dataset=train)
         score = model.score(X_test, y_test)
@@ -273,8 +325,14 @@ def main():
     print(f"Cheapest within one standard error: {cheap['trial']}, {share:.0%} of the time to fit")
     print(f"Cost: {compute:.0f} s of fitting in {metrics['search_seconds']:.0f} s\n")
     print_where_to_look(parent.info.experiment_id)
-    print("Next:  python model_comparison.py")
+    command = ["python", "model_comparison.py", "--tuned", parent.info.run_id, *own_data]
+    print("Next: ", shlex.join(command))
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (OSError, SQLAlchemyError, MlflowException) as error:  # a store that is full or gone
+        while error.__cause__:
+            error = error.__cause__  # what came first says it best
+        sys.exit(f"Stopped, what was logged before is kept: {str(error).splitlines()[0]}")

@@ -16,14 +16,19 @@ It leaves this in the store (sqlite:///mlflow.db, or MLFLOW_TRACKING_URI where t
         └── svm                  fit_seconds, latency_ms_p50 …; parameters; the model `model`
 """
 
+import ast
 import contextlib
 import logging
 import os
+import re
+import shlex
 import sqlite3
+import sys
 import timeit
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from importlib.metadata import version
 from itertools import cycle
+from pathlib import Path
 from urllib.request import urlopen
 
 import mlflow
@@ -32,15 +37,18 @@ import pandas as pd
 from matplotlib.figure import Figure
 from mlflow.exceptions import MlflowException
 from scipy import stats
+from sklearn.compose import make_column_selector, make_column_transformer
 from sklearn.datasets import load_breast_cancer
 from sklearn.dummy import DummyClassifier
 from sklearn.ensemble import HistGradientBoostingClassifier, RandomForestClassifier
+from sklearn.impute import SimpleImputer
+from sklearn.kernel_approximation import Nystroem
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import ConfusionMatrixDisplay, accuracy_score, precision_recall_fscore_support
 from sklearn.model_selection import RepeatedStratifiedKFold, cross_validate, train_test_split
 from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
-from sklearn.svm import SVC
+from sklearn.preprocessing import OneHotEncoder, StandardScaler
+from sklearn.svm import SVC, LinearSVC
 from sqlalchemy.exc import SQLAlchemyError
 from threadpoolctl import threadpool_limits
 
@@ -48,7 +56,7 @@ EXPERIMENT = "model-comparison"
 SEED = 42  # of the split, the folds and the models
 TEST_SIZE = 0.2  # share of the rows that decides nothing
 FOLDS = 5
-REPEATS = 30  # of the folds, each time shuffled anew
+REPEATS = 30  # of the folds, each time shuffled anew; fewer from 500 rows on
 ALPHA = 0.05  # a p-value below it counts as a difference
 NOISE = 1.1  # latencies of up to so many times the fastest count as equal to it
 METRICS = ["accuracy", "precision", "recall", "f1"]
@@ -56,25 +64,68 @@ COSTS = ["fit_seconds", "latency_ms_p50", "latency_ms_p95", "rows_per_second", "
 CANDIDATES = {  # a fifth candidate is one more line; of equal scores the last one wins
     "random_forest": RandomForestClassifier(random_state=SEED),
     "gradient_boosting": HistGradientBoostingClassifier(random_state=SEED),
-    "logistic_regression": make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)),
-    "svm": make_pipeline(StandardScaler(), SVC(random_state=SEED)),
+    "logistic_regression": LogisticRegression(max_iter=1000),
+    "svm": SVC(random_state=SEED),
 }
+LARGE_SVM = make_pipeline(  # in its place from 10,000 rows on: an SVC would take hours
+    Nystroem(n_components=300, random_state=SEED), LinearSVC(random_state=SEED)
+)
 PACKAGES = ["mlflow", "scikit-learn", "skops", "pandas", "numpy", "scipy"]  # that the model needs
 TRUSTED = [  # skops asks about each type that it does not know
+    "numpy.dtype",
+    "sklearn.compose._column_transformer.make_column_selector",
     "sklearn.tree._tree.Tree",
     "sklearn.ensemble._hist_gradient_boosting.predictor.TreePredictor",
 ]
 
 
-def load_data():
-    """Yield the training part, then the hold-out: features, labels and MLflow's data set each."""
-    data = load_breast_cancer(as_frame=True)  # 569 rows × 30 features, malignant or benign
-    table = data.data.assign(diagnosis=data.target_names[data.target])
-    labels = table["diagnosis"]
+def load_data(csv=None, target="diagnosis"):
+    """Yield the training part, then the hold-out: features, labels and MLflow's data set each.
+
+    Of a CSV file, or of scikit-learn's breast cancer data (569 rows × 30 features). Raises OSError
+    or ValueError if it cannot be read, or if no classifier can learn the target from it.
+    """
+    data = load_breast_cancer(as_frame=True)
+    name, table = "breast-cancer", data.data.assign(diagnosis=data.target_names[data.target])
+    if csv:
+        name = "-".join(re.findall("[a-z0-9]+", Path(csv).stem.lower())) or "table"
+        table = pd.read_csv(csv, low_memory=False)
+    if target not in table:
+        raise ValueError(f"no column {target!r} in {name}, only {', '.join(map(repr, table))}")
+    if gaps := table[target].isna().sum():
+        print(f"{gaps} of {len(table)} rows have no {target!r} and are left out")
+        table = table.dropna(subset=[target])
+    labels = table.pop(target).convert_dtypes().astype(str)  # in spite of gaps 1, not 1.0
+    count = labels.value_counts()
+    if len(count) < 2 or count.min() * (1 - TEST_SIZE) < FOLDS:
+        least = f"needs 2 or more classes of {FOLDS / (1 - TEST_SIZE):.0f} or more rows"
+        raise ValueError(f"{target!r} {least}, has {len(count)}, one in {count.min()} rows")
+    numbers = table.convert_dtypes().select_dtypes(["number", "boolean"])
+    table = table.astype(dict.fromkeys(numbers, "float64"))  # which can hold a gap
+    for column in table.select_dtypes(exclude="number"):
+        if table[column].dropna().str.match(r"\d{1,4}[-/.]\d{1,2}[-/.]\d{1,4}").all():
+            raise ValueError(f"column {column!r} holds dates: turn them into numbers, such as days")
+    table[target] = labels
     parts = train_test_split(table, test_size=TEST_SIZE, stratify=labels, random_state=SEED)
-    for part, name in zip(parts, ("breast-cancer-train", "breast-cancer-test"), strict=True):
-        dataset = mlflow.data.from_pandas(part, targets="diagnosis", name=name)
-        yield part.drop(columns="diagnosis"), part["diagnosis"], dataset
+    for part, kind in zip(parts, ("train", "test"), strict=True):
+        dataset = mlflow.data.from_pandas(part, targets=target, name=f"{name}-{kind}")
+        yield part.drop(columns=target), part[target], dataset
+
+
+def with_preprocessing(model):
+    """Return a pipeline that takes raw rows: it fills gaps, scales numbers and encodes text."""
+    numbers = make_pipeline(SimpleImputer(keep_empty_features=True), StandardScaler())
+    fill = {"strategy": "constant", "fill_value": "missing"}
+    text = make_pipeline(
+        SimpleImputer(**fill),  # a gap in a table, then one in a request
+        SimpleImputer(missing_values=None, **fill),
+        OneHotEncoder(handle_unknown="ignore", max_categories=20, sparse_output=False),
+    )
+    columns = make_column_transformer(
+        (numbers, make_column_selector(dtype_include="number")),
+        (text, make_column_selector(dtype_exclude="number")),
+    )
+    return make_pipeline(columns, model)
 
 
 def open_store(experiment):
@@ -102,6 +153,16 @@ def open_store(experiment):
         raise OSError(f"cannot use {place}, is it locked or read-only? {error}") from error
 
 
+def tuned_forest(run_id, rows):
+    """Return the forest that hyperparameter_tuning.py found best on these rows (their digest)."""
+    params = mlflow.get_run(run_id).data.params
+    best = {key[5:]: value for key, value in params.items() if key.startswith("best_")}
+    if params.get("rows") != rows or not best:
+        raise ValueError(f"{run_id} is not a finished search on these rows")
+    best = {key: ast.literal_eval(value) for key, value in best.items()}
+    return RandomForestClassifier(**best, random_state=SEED)
+
+
 def score(model, X, y):
     """Return METRICS; all but the accuracy are means over the classes, each counting the same."""
     predicted = model.predict(X)
@@ -111,7 +172,8 @@ def score(model, X, y):
 
 def score_folds(model, X, y):
     """Return the METRICS and the fit_time of each fold, a row a fold, the same for every model."""
-    folds = RepeatedStratifiedKFold(n_splits=FOLDS, n_repeats=REPEATS, random_state=SEED)
+    repeats = max(2, min(REPEATS, 15_000 // len(X)))  # many rows tell as much in fewer folds
+    folds = RepeatedStratifiedKFold(n_splits=FOLDS, n_repeats=repeats, random_state=SEED)
     table = cross_validate(model, X, y, cv=folds, scoring=score, n_jobs=-1, error_score="raise")
     return pd.DataFrame(table).rename(columns=lambda name: name.removeprefix("test_"))
 
@@ -128,6 +190,7 @@ def log_candidate(name, model, parts):
             mlflow.log_params(model.get_params(deep=False))
             mlflow.log_input(train, context="training")
             mlflow.log_input(test, context="testing")
+            model = with_preprocessing(model)
             folds = score_folds(model, X_train, y_train)
             model_id = log_model(model.fit(X_train, y_train), X_train).model_id
             # Rounded, so that equal scores are equal: the last bits depend on the order of the sum.
@@ -241,11 +304,20 @@ def print_where_to_look(experiment_id):
 
 def main():
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.parse_args()
-    parts = (X_train, y_train, train), (X_test, y_test, test) = tuple(load_data())
+    parser.add_argument("--csv", metavar="FILE", help="learn from this table instead")
+    parser.add_argument("--target", default="diagnosis", help="its column that holds the classes")
+    parser.add_argument("--tuned", metavar="RUN_ID", help="compare the best of this search as well")
+    args, candidates = parser.parse_args(), CANDIDATES.copy()
+    own_data = ["--csv", args.csv, "--target", args.target] if args.csv else []
     try:
+        parts = tuple(load_data(args.csv, args.target))
+        (X_train, y_train, train), (X_test, y_test, _) = parts
         experiment_id = open_store(EXPERIMENT)
-    except (OSError, MlflowException) as error:
+        if args.tuned:
+            candidates["tuned_forest"] = tuned_forest(args.tuned, train.digest)
+        if len(X_train) > 10_000 and "svm" in candidates:
+            candidates["svm"] = LARGE_SVM
+    except (OSError, ValueError, MlflowException) as error:
         parser.exit(2, f"{parser.prog}: {str(error).splitlines()[0]}\n")
 
     with mlflow.start_run(run_name="comparison") as parent:
@@ -253,8 +325,8 @@ def main():
         try:
             baseline = score_folds(DummyClassifier(), X_train, y_train)["accuracy"]
             mlflow.log_metrics({"baseline_cv_accuracy": baseline.mean()}, dataset=train)
-            for number, (name, model) in enumerate(CANDIDATES.items(), 1):
-                print(f"{number}/{len(CANDIDATES)}  {name}", flush=True)
+            for number, (name, model) in enumerate(candidates.items(), 1):
+                print(f"{number}/{len(candidates)}  {name}", flush=True)
                 run_ids[name], accuracy[name] = log_candidate(name, model, parts)
         except KeyboardInterrupt:
             mlflow.end_run("KILLED")
@@ -304,8 +376,14 @@ def main():
     print(f"  best = mlflow.search_logged_models({arguments})[0]")
     print("  model = mlflow.pyfunc.load_model(best.model_uri)")
     print_where_to_look(experiment_id)
-    print(f"Next:  python production_deployment.py --model-uri {best.model_uri}")
+    command = ["python", "production_deployment.py", "--model-uri", best.model_uri, *own_data]
+    print("Next: ", shlex.join(command))
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (OSError, SQLAlchemyError, MlflowException) as error:  # a store that is full or gone
+        while error.__cause__:
+            error = error.__cause__  # what came first says it best
+        sys.exit(f"Stopped, what was logged before is kept: {str(error).splitlines()[0]}")

@@ -21,6 +21,7 @@ import contextlib
 import logging
 import os
 import re
+import shlex
 import sqlite3
 import statistics
 import sys
@@ -29,20 +30,23 @@ import warnings
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from datetime import UTC, datetime
 from importlib.metadata import version
+from pathlib import Path
 from urllib.request import urlopen
 
 import mlflow
+import pandas as pd
 from mlflow.exceptions import MlflowException
+from sklearn.compose import make_column_selector, make_column_transformer
 from sklearn.datasets import load_breast_cancer
+from sklearn.impute import SimpleImputer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score
 from sklearn.model_selection import StratifiedKFold, cross_val_score, train_test_split
 from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
+from sklearn.preprocessing import OneHotEncoder, StandardScaler
 from sqlalchemy.exc import SQLAlchemyError
 
 EXPERIMENT = "production-deployment"
-NAME = "breast-cancer-classifier"  # of the registered model
 SEED = 42  # of the split and the folds
 TEST_SIZE = 0.2  # share of the rows that the gate judges on
 FOLDS = 5
@@ -54,20 +58,60 @@ AT_MOST = {
 }
 PACKAGES = ["mlflow", "scikit-learn", "skops", "pandas", "numpy", "scipy"]  # that the model needs
 TRUSTED = [  # all else in a skops file is refused: loading it could run code
+    "numpy.dtype",
+    "sklearn.compose._column_transformer.make_column_selector",
     "sklearn.tree._tree.Tree",
     "sklearn.ensemble._hist_gradient_boosting.predictor.TreePredictor",
 ]
 
 
-def load_data():
-    """Yield the training part, then the hold-out: features, labels and MLflow's data set each."""
-    data = load_breast_cancer(as_frame=True)  # 569 rows × 30 features, malignant or benign
-    table = data.data.assign(diagnosis=data.target_names[data.target])
-    labels = table["diagnosis"]
+def load_data(csv=None, target="diagnosis"):
+    """Yield the training part, then the hold-out: features, labels and MLflow's data set each.
+
+    Of a CSV file, or of scikit-learn's breast cancer data (569 rows × 30 features). Raises OSError
+    or ValueError if it cannot be read, or if no classifier can learn the target from it.
+    """
+    data = load_breast_cancer(as_frame=True)
+    name, table = "breast-cancer", data.data.assign(diagnosis=data.target_names[data.target])
+    if csv:
+        name = "-".join(re.findall("[a-z0-9]+", Path(csv).stem.lower())) or "table"
+        table = pd.read_csv(csv, low_memory=False)
+    if target not in table:
+        raise ValueError(f"no column {target!r} in {name}, only {', '.join(map(repr, table))}")
+    if gaps := table[target].isna().sum():
+        print(f"{gaps} of {len(table)} rows have no {target!r} and are left out")
+        table = table.dropna(subset=[target])
+    labels = table.pop(target).convert_dtypes().astype(str)  # in spite of gaps 1, not 1.0
+    count = labels.value_counts()
+    if len(count) < 2 or count.min() * (1 - TEST_SIZE) < FOLDS:
+        least = f"needs 2 or more classes of {FOLDS / (1 - TEST_SIZE):.0f} or more rows"
+        raise ValueError(f"{target!r} {least}, has {len(count)}, one in {count.min()} rows")
+    numbers = table.convert_dtypes().select_dtypes(["number", "boolean"])
+    table = table.astype(dict.fromkeys(numbers, "float64"))  # which can hold a gap
+    for column in table.select_dtypes(exclude="number"):
+        if table[column].dropna().str.match(r"\d{1,4}[-/.]\d{1,2}[-/.]\d{1,4}").all():
+            raise ValueError(f"column {column!r} holds dates: turn them into numbers, such as days")
+    table[target] = labels
     parts = train_test_split(table, test_size=TEST_SIZE, stratify=labels, random_state=SEED)
-    for part, name in zip(parts, ("breast-cancer-train", "breast-cancer-test"), strict=True):
-        dataset = mlflow.data.from_pandas(part, targets="diagnosis", name=name)
-        yield part.drop(columns="diagnosis"), part["diagnosis"], dataset
+    for part, kind in zip(parts, ("train", "test"), strict=True):
+        dataset = mlflow.data.from_pandas(part, targets=target, name=f"{name}-{kind}")
+        yield part.drop(columns=target), part[target], dataset
+
+
+def with_preprocessing(model):
+    """Return a pipeline that takes raw rows: it fills gaps, scales numbers and encodes text."""
+    numbers = make_pipeline(SimpleImputer(keep_empty_features=True), StandardScaler())
+    fill = {"strategy": "constant", "fill_value": "missing"}
+    text = make_pipeline(
+        SimpleImputer(**fill),  # a gap in a table, then one in a request
+        SimpleImputer(missing_values=None, **fill),
+        OneHotEncoder(handle_unknown="ignore", max_categories=20, sparse_output=False),
+    )
+    columns = make_column_transformer(
+        (numbers, make_column_selector(dtype_include="number")),
+        (text, make_column_selector(dtype_exclude="number")),
+    )
+    return make_pipeline(columns, model)
 
 
 def open_store(experiment):
@@ -137,7 +181,7 @@ def judge(candidate, current, X, y):
     try:
         candidate.predict(X.drop(columns=X.columns[0]))
         refuses = False
-    except MlflowException:
+    except (MlflowException, ValueError):  # of its signature, or scikit-learn's if gaps are fine
         refuses = True
     return {
         "accuracy": accuracy,
@@ -236,16 +280,21 @@ def print_where_to_look(experiment_id):
 
 def main():
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("--csv", metavar="FILE", help="learn from this table instead")
+    parser.add_argument("--target", default="diagnosis", help="its column that holds the classes")
     parser.add_argument("--model-uri", help="deploy this logged model: models:/m-… or runs:/…")
     parser.add_argument("--rollback", action="store_true", help="put `previous` into production")
+    parser.add_argument("--min-accuracy", type=float, help="the gate's floor, instead of 0.93")
     args = parser.parse_args()
-    (X_train, y_train, train), (X_test, y_test, test) = load_data()
+    own_data = ["--csv", args.csv, "--target", args.target] if args.csv else []
     try:
+        (X_train, y_train, train), (X_test, y_test, test) = load_data(args.csv, args.target)
+        name = f"{train.name.removesuffix('-train')}-classifier"
         experiment_id = open_store(EXPERIMENT)
         client = mlflow.MlflowClient()
         if args.rollback:
-            current, previous = roll_back(client, NAME)
-            print(f"Rolled {NAME} back from version {current} to version {previous}")
+            current, previous = roll_back(client, name)
+            print(f"Rolled {name} back from version {current} to version {previous}")
             return
         model_id = check_before_loading(args.model_uri, X_test) if args.model_uri else None
     except (OSError, ValueError, MlflowException) as error:
@@ -255,7 +304,7 @@ def main():
         if model_id is None:
             print("1. Train and log a model", flush=True)
             mlflow.log_input(train, context="training")
-            model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+            model = with_preprocessing(LogisticRegression(max_iter=1000))
             folds = StratifiedKFold(FOLDS, shuffle=True, random_state=SEED)
             score = cross_val_score(model, X_train, y_train, cv=folds).mean()
             model_id = log_model(model.fit(X_train, y_train), X_train).model_id
@@ -263,20 +312,22 @@ def main():
 
         print("2. Register it and give it the alias `staging`", flush=True)
         with contextlib.redirect_stderr(sys.stdout):  # MLflow reports success on stderr
-            staged = mlflow.register_model(f"models:/{model_id}", NAME)
-        client.set_registered_model_alias(NAME, "staging", staged.version)
+            staged = mlflow.register_model(f"models:/{model_id}", name)
+        client.set_registered_model_alias(name, "staging", staged.version)
 
         print("3. Load what is staged and judge it on the hold-out")
-        current = client.get_registered_model(NAME).aliases.get("production")
-        candidate = mlflow.pyfunc.load_model(f"models:/{NAME}@staging")
-        in_use = mlflow.pyfunc.load_model(f"models:/{NAME}@production") if current else None
+        current = client.get_registered_model(name).aliases.get("production")
+        # By its number: another deployment may move the alias meanwhile.
+        candidate = mlflow.pyfunc.load_model(f"models:/{name}/{staged.version}")
+        in_use = mlflow.pyfunc.load_model(f"models:/{name}@production") if current else None
         figures = judge(candidate, in_use, X_test, y_test)
         mlflow.log_input(test, context="testing")
         mlflow.log_metric("test_accuracy", figures["accuracy"], model_id=model_id, dataset=test)
         figures = {f"gate_{check}": figure for check, figure in figures.items()}
         mlflow.log_metrics(figures, model_id=model_id, dataset=test)
         metrics, failed = client.get_run(run.info.run_id).data.metrics, []
-        for check, limit in (AT_LEAST | AT_MOST).items():
+        floor = {"accuracy": args.min_accuracy} if args.min_accuracy is not None else {}
+        for check, limit in (AT_LEAST | floor | AT_MOST).items():
             figure, least = metrics[f"gate_{check}"], check in AT_LEAST
             line = f"{check} {figure:.4f}, at {'least' if least else 'most'} {limit}"
             passed = figure >= limit if least else figure <= limit
@@ -292,24 +343,29 @@ def main():
             "validation_status": "failed" if failed else "passed",
         }
         for key, value in tags.items():
-            client.set_model_version_tag(NAME, staged.version, key, value)
+            client.set_model_version_tag(name, staged.version, key, value)
         if failed:
             mlflow.end_run("FAILED")
             parser.exit(1, f"Version {staged.version} is refused: {'; '.join(failed)}\n")
 
         print("4. Promote it: the alias `production` moves in one step", flush=True)
         before = {"previous": current} if current else {}
-        point(client, NAME, before | {"production": staged.version})
-        guide = deployment_guide(NAME, staged.version)
+        point(client, name, before | {"production": staged.version})
+        guide = deployment_guide(name, staged.version)
         mlflow.log_text(guide, "deployment_guide.md")
 
     print("5. Load what is in production and predict rows of the hold-out")
-    model, rows = mlflow.pyfunc.load_model(f"models:/{NAME}@production"), X_test.head()
+    model, rows = mlflow.pyfunc.load_model(f"models:/{name}@production"), X_test.head()
     table = rows.iloc[:, :3].assign(actual=y_test, predicted=model.predict(rows))
     print(table.to_string(index=False), guide, sep="\n\n")
     print_where_to_look(experiment_id)
-    print("Undo:  python production_deployment.py --rollback")
+    print("Undo: ", shlex.join(["python", "production_deployment.py", "--rollback", *own_data]))
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (OSError, SQLAlchemyError, MlflowException) as error:  # a store that is full or gone
+        while error.__cause__:
+            error = error.__cause__  # what came first says it best
+        sys.exit(f"Stopped, what was logged before is kept: {str(error).splitlines()[0]}")

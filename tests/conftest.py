@@ -78,6 +78,15 @@ def parents(experiment):
     return [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups next
+def pytest_collection_modifyitems(items):
+    """Tests that share a costly fixture go to one worker, one after another."""
+    for item in items:
+        shared = {"main_job", "guide", "uninterrupted"} & set(item.fixturenames)
+        group = min(shared, default=item.module.__name__)
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture(scope="session")
 def main_job(tmp_path_factory):
     """The README's main job in an empty folder, done twice: the folder, and what was printed."""

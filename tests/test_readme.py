@@ -66,5 +66,6 @@ def test_the_python_blocks_run_as_they_stand(number, tmp_path):
 
 
 def test_the_links_to_files_lead_somewhere():
+    anchors = {title.lower().replace(" ", "-") for title in re.findall(r"^#+ (.*)$", TEXT, re.M)}
     for path in re.findall(r"\]\((?!http)([^)]+)\)", TEXT):
-        assert (ROOT / path).exists(), path
+        assert path.removeprefix("#") in anchors if path[0] == "#" else (ROOT / path).exists(), path

@@ -179,7 +179,7 @@ def test_ctrl_c_keeps_what_has_finished_and_prints_how_to_go_on(
         process.send_signal(signal.SIGINT)
     else:  # a terminal sends it to the workers as well
         os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(timeout=5) == 130
+    assert process.wait(timeout=10) == 130
     kept = finished(tmp_path)
     (search,) = parents("hyperparameter-tuning")
     assert search.info.status == "KILLED"
@@ -215,7 +215,7 @@ def test_resume_after_a_kill(tmp_path, assert_same_result):
     assert_same_result(tmp_path)
 
 
-def test_what_cannot_be_resumed_ends_in_one_line(refined, main_job):
+def test_what_cannot_be_resumed_ends_in_one_line(refined):
     folder, script, _ = refined
     assert_one_line(run(script, "--resume", "0" * 32, cwd=folder), "0" * 32)
     store(folder)
@@ -228,6 +228,9 @@ def test_what_cannot_be_resumed_ends_in_one_line(refined, main_job):
     assert_one_line(run(script, "--resume", trial, cwd=folder), trial, "not an unfinished")
     (search,) = parents("hyperparameter-tuning")
     assert search.info.status == "FINISHED" and search.data.to_dictionary() == before
+
+
+def test_a_comparison_cannot_be_resumed_as_a_search(main_job):
     store(main_job[0])
     other = parents("model-comparison")[0].info.run_id
     assert_one_line(run(SCRIPT, "--resume", other, cwd=main_job[0]), other, "not an unfinished")
