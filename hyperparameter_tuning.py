@@ -159,19 +159,18 @@ def start_trials(combinations, X, y, backend="loky"):
 def log_trials(results, combinations, dataset):
     """Log and print each result as it comes: a child of the active run, visible at once."""
     start, total = time.perf_counter(), len(combinations)
-    for done, (name, metrics, error) in enumerate(results, 1):
-        with mlflow.start_run(run_name=name, nested=True, tags={"stage": name.split("-")[0]}):
-            mlflow.log_params(combinations[name])
-            mlflow.log_metrics(metrics, dataset=dataset)
-            if error:
-                mlflow.set_tag("error", error)
-                mlflow.end_run("FAILED")
-        left = (time.perf_counter() - start) / done * (total - done)
-        result = error or "accuracy {cv_accuracy:.4f} ± {cv_accuracy_std:.4f}".format(**metrics)
-        print(
-            f"{done:3}/{total} {left:4.0f} s left  {name}  {result}  {combinations[name]}",
-            flush=True,
-        )
+    with contextlib.closing(results):  # if this stops, so do the workers
+        for done, (name, metrics, error) in enumerate(results, 1):
+            with mlflow.start_run(run_name=name, nested=True, tags={"stage": name.split("-")[0]}):
+                mlflow.log_params(combinations[name])
+                mlflow.log_metrics(metrics, dataset=dataset)
+                if error:
+                    mlflow.set_tag("error", error)
+                    mlflow.end_run("FAILED")
+            left = (time.perf_counter() - start) / done * (total - done)
+            result = error or "accuracy {cv_accuracy:.4f} ± {cv_accuracy_std:.4f}".format(**metrics)
+            line = f"{done:3}/{total} {left:4.0f} s left  {name}  {result}  {combinations[name]}"
+            print(line, flush=True)
 
 
 def search_trials(parent, condition="attributes.status = 'FINISHED'"):
@@ -244,7 +243,7 @@ def log_model(model, X):
 
 def print_where_to_look(experiment_id):
     """Print the command and the link that show the runs in a browser."""
-    uri = mlflow.get_tracking_uri()
+    uri = re.sub("(//[^:/]*):[^@/]*@", r"\1:PASSWORD@", mlflow.get_tracking_uri())
     server = uri if uri.startswith("http") else "http://127.0.0.1:5000"
     print(f"Look:  {server}/#/experiments/{experiment_id}/runs?workflowType=machine_learning")
     if server != uri:
@@ -297,7 +296,10 @@ def main():
                 log_trials(start_trials(todo, X_train, y_train, backend), todo, train)
                 combinations, trials = coarse | fine, search_trials(parent)
         except KeyboardInterrupt:
-            mlflow.end_run("KILLED")
+            for run_id in search_trials(parent, "attributes.status = 'RUNNING'").index:
+                mlflow.MlflowClient().set_terminated(run_id, "KILLED")  # it was just being made
+            while mlflow.active_run():
+                mlflow.end_run("KILLED")
             command = shlex.join(["python", *sys.argv, "--resume", parent.info.run_id])
             parser.exit(130, f"\nStopped. The finished trials are kept; to go on: {command}\n")
         if trials.empty:

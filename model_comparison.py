@@ -295,7 +295,7 @@ def draw(runs, accuracy, baseline, y, predicted):
 
 def print_where_to_look(experiment_id):
     """Print the command and the link that show the runs in a browser."""
-    uri = mlflow.get_tracking_uri()
+    uri = re.sub("(//[^:/]*):[^@/]*@", r"\1:PASSWORD@", mlflow.get_tracking_uri())
     server = uri if uri.startswith("http") else "http://127.0.0.1:5000"
     print(f"Look:  {server}/#/experiments/{experiment_id}/runs?workflowType=machine_learning")
     if server != uri:

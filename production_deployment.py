@@ -271,7 +271,7 @@ model as README.md shows under "Swap without downtime".
 
 def print_where_to_look(experiment_id):
     """Print the command and the link that show the runs in a browser."""
-    uri = mlflow.get_tracking_uri()
+    uri = re.sub("(//[^:/]*):[^@/]*@", r"\1:PASSWORD@", mlflow.get_tracking_uri())
     server = uri if uri.startswith("http") else "http://127.0.0.1:5000"
     print(f"Look:  {server}/#/experiments/{experiment_id}/runs?workflowType=machine_learning")
     if server != uri:
@@ -284,7 +284,8 @@ def main():
     parser.add_argument("--target", default="diagnosis", help="its column that holds the classes")
     parser.add_argument("--model-uri", help="deploy this logged model: models:/m-… or runs:/…")
     parser.add_argument("--rollback", action="store_true", help="put `previous` into production")
-    parser.add_argument("--min-accuracy", type=float, help="the gate's floor, instead of 0.93")
+    floor = AT_LEAST["accuracy"]
+    parser.add_argument("--min-accuracy", type=float, default=floor, help=f"instead of {floor}")
     args = parser.parse_args()
     own_data = ["--csv", args.csv, "--target", args.target] if args.csv else []
     try:
@@ -326,8 +327,7 @@ def main():
         figures = {f"gate_{check}": figure for check, figure in figures.items()}
         mlflow.log_metrics(figures, model_id=model_id, dataset=test)
         metrics, failed = client.get_run(run.info.run_id).data.metrics, []
-        floor = {"accuracy": args.min_accuracy} if args.min_accuracy is not None else {}
-        for check, limit in (AT_LEAST | floor | AT_MOST).items():
+        for check, limit in (AT_LEAST | {"accuracy": args.min_accuracy} | AT_MOST).items():
             figure, least = metrics[f"gate_{check}"], check in AT_LEAST
             line = f"{check} {figure:.4f}, at {'least' if least else 'most'} {limit}"
             passed = figure >= limit if least else figure <= limit

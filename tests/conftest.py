@@ -1,6 +1,8 @@
 """How the tests run the scripts: as a user does, in a process of their own and an empty folder."""
 
+import fcntl
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -78,17 +80,20 @@ def parents(experiment):
     return [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups next
-def pytest_collection_modifyitems(items):
-    """Tests that share a costly fixture go to one worker, one after another."""
-    for item in items:
-        shared = {"main_job", "guide", "uninterrupted"} & set(item.fixturenames)
-        group = min(shared, default=item.module.__name__)
-        item.add_marker(pytest.mark.xdist_group(group))
-
-
 @pytest.fixture(scope="session")
 def main_job(tmp_path_factory):
-    """The README's main job in an empty folder, done twice: the folder, and what was printed."""
-    folder = tmp_path_factory.mktemp("main-job")
-    return folder, [[run(script, cwd=folder) for script in SCRIPTS] for _ in range(2)]
+    """The README's main job in an empty folder, done twice: the folder, and what was printed.
+
+    Of the processes that pytest-xdist starts, one does it while those that need it wait.
+    """
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    folder, printed = shared / "main-job", shared / "main-job.pickle"
+    with open(shared / "main-job.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not printed.exists():
+            folder.mkdir()
+            sessions = [[run(script, cwd=folder) for script in SCRIPTS] for _ in range(2)]
+            printed.write_bytes(pickle.dumps(sessions))
+    return folder, pickle.loads(printed.read_bytes())

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 import signal
 import socket
 import subprocess
@@ -25,7 +24,6 @@ from conftest import (
     ROOT,
     assert_one_line,
     assert_success,
-    children,
     edited,
     parents,
     run,
@@ -133,31 +131,6 @@ def test_roll_back_and_back_again(deployed):
 
 def test_roll_back_of_nothing_ends_in_one_line(tmp_path):
     assert_one_line(run(SCRIPT, "--rollback", cwd=tmp_path), NAME, "not found")
-
-
-def test_a_model_found_elsewhere_takes_the_same_way(main_job, tmp_path):
-    shutil.copy(main_job[0] / "mlflow.db", tmp_path)  # with comparisons, and their models' places
-    client = store(tmp_path)
-    comparison = parents("model-comparison")[0]
-    candidates = children(comparison)
-    X, _ = hold_out()
-    model_id = candidates["random_forest"].outputs.model_outputs[0].model_id
-    for number, (candidate, uri) in enumerate(
-        {
-            "svm": f"runs:/{candidates['svm'].info.run_id}/model",
-            "random_forest": f"models:/{model_id}",
-        }.items(),
-        3,
-    ):
-        assert_success(run(SCRIPT, "--model-uri", uri, cwd=tmp_path))
-        assert aliases(client)["production"] == str(number)
-        deployed = mlflow.pyfunc.load_model(f"models:/{NAME}@production").predict(X)
-        source = f"runs:/{candidates[candidate].info.run_id}/model"
-        assert list(deployed) == list(mlflow.sklearn.load_model(source).predict(X))
-        tags = client.get_model_version(NAME, str(number)).tags
-        assert tags["source_run"] == candidates[candidate].info.run_id
-        linked = mlflow.get_logged_model(candidates[candidate].outputs.model_outputs[0].model_id)
-        assert {"gate_accuracy", "cv_accuracy"} <= {metric.key for metric in linked.metrics}
 
 
 class Trap:

@@ -38,6 +38,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC
 
+NAME = "breast-cancer-classifier"
 GRID = {
     "max_depth": [1, 3, 9],
     "max_features": [0.1, 0.3, 0.9],
@@ -243,7 +244,7 @@ def zip_children(before, after):
 def test_the_production_model_is_version_2_by_alias_and_by_stage(main_job, rows):
     client = store(main_job[0])
     _, X_test, _, y_test = rows
-    name = "breast-cancer-classifier"
+    name = NAME
     versions = {v.version: v for v in client.search_model_versions(f"name = '{name}'")}
     assert {str(number) for number in versions} == {"1", "2"}
     for alias in ("staging", "production"):
@@ -262,6 +263,31 @@ def test_the_production_model_is_version_2_by_alias_and_by_stage(main_job, rows)
         == list(zip(y_test, expected, strict=True))[: len(actual_beside_predicted)]
     )
     assert len(actual_beside_predicted) >= 3
+
+
+def test_a_model_found_elsewhere_takes_the_same_way(main_job, rows, tmp_path):
+    shutil.copy(main_job[0] / "mlflow.db", tmp_path)  # with comparisons, and their models' places
+    client = store(tmp_path)
+    comparison = parents("model-comparison")[0]
+    candidates = children(comparison)
+    X = rows[1]
+    model_id = candidates["random_forest"].outputs.model_outputs[0].model_id
+    for number, (candidate, uri) in enumerate(
+        {
+            "svm": f"runs:/{candidates['svm'].info.run_id}/model",
+            "random_forest": f"models:/{model_id}",
+        }.items(),
+        3,
+    ):
+        assert_success(run(SCRIPTS[2], "--model-uri", uri, cwd=tmp_path))
+        assert str(client.get_model_version_by_alias(NAME, "production").version) == str(number)
+        deployed = mlflow.pyfunc.load_model(f"models:/{NAME}@production").predict(X)
+        source = f"runs:/{candidates[candidate].info.run_id}/model"
+        assert list(deployed) == list(mlflow.sklearn.load_model(source).predict(X))
+        tags = client.get_model_version(NAME, str(number)).tags
+        assert tags["source_run"] == candidates[candidate].info.run_id
+        linked = mlflow.get_logged_model(candidates[candidate].outputs.model_outputs[0].model_id)
+        assert {"gate_accuracy", "cv_accuracy"} <= {metric.key for metric in linked.metrics}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

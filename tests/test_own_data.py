@@ -21,8 +21,11 @@ from conftest import (
     store,
     user_env,
 )
+from sklearn.linear_model import LogisticRegression
+from sklearn.svm import SVC
 
 TARGET = "class, of it"
+ONE_CORE = {"LOKY_MAX_CPU_COUNT": "1"}  # of so few trials and folds it is the faster way
 README = (ROOT / "README.md").read_text()
 
 
@@ -52,13 +55,18 @@ def chain(folder, *args):
     (line,) = re.findall(r"^.*\| follow .*$", README, re.M)
     (function,) = re.findall(r"^follow\(\) .*$", README, re.M)
     edited(folder, SCRIPTS[0], PARAM_GRID={"max_depth": [2, 8], "n_estimators": [5, 20]})
-    edited(folder, SCRIPTS[1], REPEATS=2)
+    few = {"logistic_regression": LogisticRegression(max_iter=1000), "svm": SVC()}
+    edited(folder, SCRIPTS[1], REPEATS=2, CANDIDATES=few)
     shutil.copy(ROOT / SCRIPTS[2], folder)
     first = f"python {SCRIPTS[0]}"
     assert first in line
     command = f"{function}\n{line.replace(first, ' '.join((first, *args)))}"
     return subprocess.run(
-        ["bash", "-c", command], cwd=folder, env=user_env(), capture_output=True, text=True
+        ["bash", "-c", command],
+        cwd=folder,
+        env=user_env(**ONE_CORE),
+        capture_output=True,
+        text=True,
     )
 
 
@@ -183,12 +191,17 @@ def test_ten_thousand_rows_take_a_support_vector_machine_that_scales(tmp_path):
 
 
 def test_the_ci_recipe_goes_by_exit_codes(tmp_path):
+    few = {"logistic_regression": LogisticRegression(max_iter=1000)}
     (recipe,) = re.findall(r"^set -euo pipefail.*?^exit \$status$", README, re.M | re.S)
-    edited(tmp_path, SCRIPTS[1], REPEATS=2)
+    edited(tmp_path, SCRIPTS[1], REPEATS=2, CANDIDATES=few)
 
     def job():
         return subprocess.run(
-            ["bash", "-c", recipe], cwd=tmp_path, env=user_env(), capture_output=True, text=True
+            ["bash", "-c", recipe],
+            cwd=tmp_path,
+            env=user_env(**ONE_CORE),
+            capture_output=True,
+            text=True,
         )
 
     shutil.copy(ROOT / SCRIPTS[2], tmp_path)
