@@ -147,7 +147,9 @@ def open_store(experiment):
     try:
         with contextlib.closing(sqlite3.connect(lock, timeout=60)) as connection:
             connection.execute("BEGIN EXCLUSIVE")  # one process makes the tables, the others wait
-            return mlflow.set_experiment(experiment).experiment_id
+            mlflow.set_experiment(experiment)
+        # Again: one that another process made in the same moment was returned, but not selected.
+        return mlflow.set_experiment(experiment).experiment_id
     except (sqlite3.Error, SQLAlchemyError) as error:
         place = uri.split("@")[-1]  # without a password
         raise OSError(f"cannot use {place}, is it locked or read-only? {error}") from error
@@ -185,8 +187,9 @@ def log_candidate(name, model, parts):
     """
     (X_train, y_train, train), (X_test, y_test, test) = parts
     tags = {"comparison": mlflow.active_run().info.run_id, "candidate": name}
+    run = mlflow.start_run(run_name=name, nested=True)
     try:
-        with mlflow.start_run(run_name=name, nested=True) as run:
+        with run:
             mlflow.log_params(model.get_params(deep=False))
             mlflow.log_input(train, context="training")
             mlflow.log_input(test, context="testing")

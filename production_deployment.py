@@ -133,7 +133,9 @@ def open_store(experiment):
     try:
         with contextlib.closing(sqlite3.connect(lock, timeout=60)) as connection:
             connection.execute("BEGIN EXCLUSIVE")  # one process makes the tables, the others wait
-            return mlflow.set_experiment(experiment).experiment_id
+            mlflow.set_experiment(experiment)
+        # Again: one that another process made in the same moment was returned, but not selected.
+        return mlflow.set_experiment(experiment).experiment_id
     except (sqlite3.Error, SQLAlchemyError) as error:
         place = uri.split("@")[-1]  # without a password
         raise OSError(f"cannot use {place}, is it locked or read-only? {error}") from error
