@@ -70,98 +70,14 @@ CANDIDATES = {  # a fifth candidate is one more line; of equal scores the last o
 LARGE_SVM = make_pipeline(  # in its place from 10,000 rows on: an SVC would take hours
     Nystroem(n_components=300, random_state=SEED), LinearSVC(random_state=SEED)
 )
-PACKAGES = ["mlflow", "scikit-learn", "skops", "pandas", "numpy", "scipy"]  # that the model needs
-TRUSTED = [  # skops asks about each type that it does not know
-    "numpy.dtype",
-    "sklearn.compose._column_transformer.make_column_selector",
-    "sklearn.tree._tree.Tree",
-    "sklearn.ensemble._hist_gradient_boosting.predictor.TreePredictor",
-]
-
-
-def load_data(csv=None, target="diagnosis"):
-    """Yield the training part, then the hold-out: features, labels and MLflow's data set each.
-
-    Of a CSV file, or of scikit-learn's breast cancer data (569 rows × 30 features). Raises OSError
-    or ValueError if it cannot be read, or if no classifier can learn the target from it.
-    """
-    data = load_breast_cancer(as_frame=True)
-    name, table = "breast-cancer", data.data.assign(diagnosis=data.target_names[data.target])
-    if csv:
-        name = "-".join(re.findall("[a-z0-9]+", Path(csv).stem.lower())) or "table"
-        table = pd.read_csv(csv, low_memory=False)
-    if target not in table:
-        raise ValueError(f"no column {target!r} in {name}, only {', '.join(map(repr, table))}")
-    if gaps := table[target].isna().sum():
-        print(f"{gaps} of {len(table)} rows have no {target!r} and are left out")
-        table = table.dropna(subset=[target])
-    labels = table.pop(target).convert_dtypes().astype(str)  # in spite of gaps 1, not 1.0
-    count = labels.value_counts()
-    if len(count) < 2 or count.min() * (1 - TEST_SIZE) < FOLDS:
-        least = f"needs 2 or more classes of {FOLDS / (1 - TEST_SIZE):.0f} or more rows"
-        raise ValueError(f"{target!r} {least}, has {len(count)}, one in {count.min()} rows")
-    numbers = table.convert_dtypes().select_dtypes(["number", "boolean"])
-    table = table.astype(dict.fromkeys(numbers, "float64"))  # which can hold a gap
-    for column in table.select_dtypes(exclude="number"):
-        if table[column].dropna().str.match(r"\d{1,4}[-/.]\d{1,2}[-/.]\d{1,4}").all():
-            raise ValueError(f"column {column!r} holds dates: turn them into numbers, such as days")
-    table[target] = labels
-    parts = train_test_split(table, test_size=TEST_SIZE, stratify=labels, random_state=SEED)
-    for part, kind in zip(parts, ("train", "test"), strict=True):
-        dataset = mlflow.data.from_pandas(part, targets=target, name=f"{name}-{kind}")
-        yield part.drop(columns=target), part[target], dataset
-
-
-def with_preprocessing(model):
-    """Return a pipeline that takes raw rows: it fills gaps, scales numbers and encodes text."""
-    numbers = make_pipeline(SimpleImputer(keep_empty_features=True), StandardScaler())
-    fill = {"strategy": "constant", "fill_value": "missing"}
-    text = make_pipeline(
-        SimpleImputer(**fill),  # a gap in a table, then one in a request
-        SimpleImputer(missing_values=None, **fill),
-        OneHotEncoder(handle_unknown="ignore", max_categories=20, sparse_output=False),
-    )
-    columns = make_column_transformer(
-        (numbers, make_column_selector(dtype_include="number")),
-        (text, make_column_selector(dtype_exclude="number")),
-    )
-    return make_pipeline(columns, model)
-
-
-def open_store(experiment):
-    """Select the experiment, which is made if it is new, and return its id."""
-    logging.disable(logging.INFO)  # MLflow reports every table that it makes; warnings still show
-    os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # two lines for every run
-    os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"  # on stderr, for every file
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")  # its own 7 take four minutes
-    uri, lock = mlflow.get_tracking_uri(), ":memory:"
-    if uri.startswith("http"):
-        try:
-            urlopen(f"{uri}/health", timeout=5).close()
-        except OSError as error:
-            raise OSError(f"no MLflow server answers at {uri}, start it: {error}") from error
-    elif uri.startswith("sqlite:///"):
-        lock = f"{uri.removeprefix('sqlite:///')}.lock"
-    import skops.io  # noqa: F401  log_model needs it: a pause of a second, better here than there
-
-    try:
-        with contextlib.closing(sqlite3.connect(lock, timeout=60)) as connection:
-            connection.execute("BEGIN EXCLUSIVE")  # one process makes the tables, the others wait
-            mlflow.set_experiment(experiment)
-        # Again: one that another process made in the same moment was returned, but not selected.
-        return mlflow.set_experiment(experiment).experiment_id
-    except (sqlite3.Error, SQLAlchemyError) as error:
-        place = uri.split("@")[-1]  # without a password
-        raise OSError(f"cannot use {place}, is it locked or read-only? {error}") from error
 
 
 def tuned_forest(run_id, rows):
     """Return the forest that hyperparameter_tuning.py found best on these rows (their digest)."""
     params = mlflow.get_run(run_id).data.params
-    best = {key[5:]: value for key, value in params.items() if key.startswith("best_")}
+    best = {k[5:]: ast.literal_eval(v) for k, v in params.items() if k.startswith("best_")}
     if params.get("rows") != rows or not best:
         raise ValueError(f"{run_id} is not a finished search on these rows")
-    best = {key: ast.literal_eval(value) for key, value in best.items()}
     return RandomForestClassifier(**best, random_state=SEED)
 
 
@@ -183,7 +99,7 @@ def score_folds(model, X, y):
 def log_candidate(name, model, parts):
     """Score, fit, log and time one candidate: a child of the active run, FAILED if it raises.
 
-    Returns the child's id and the accuracy on each fold, None if it failed.
+    Returns its accuracy on each fold, None if it failed.
     """
     (X_train, y_train, train), (X_test, y_test, test) = parts
     tags = {"comparison": mlflow.active_run().info.run_id, "candidate": name}
@@ -191,8 +107,7 @@ def log_candidate(name, model, parts):
     try:
         with run:
             mlflow.log_params(model.get_params(deep=False))
-            mlflow.log_input(train, context="training")
-            mlflow.log_input(test, context="testing")
+            log_rows(training=train, testing=test)
             model = with_preprocessing(model)
             folds = score_folds(model, X_train, y_train)
             model_id = log_model(model.fit(X_train, y_train), X_train).model_id
@@ -206,21 +121,8 @@ def log_candidate(name, model, parts):
             mlflow.set_logged_model_tags(model_id, tags)
     except Exception as error:  # MLflow has marked the run FAILED; the other candidates go on
         mlflow.MlflowClient().set_tag(run.info.run_id, "verdict", f"FAILED: {error!r}")
-        return run.info.run_id, None
-    return run.info.run_id, folds["accuracy"]
-
-
-def log_model(model, X):
-    """Log the fitted model to the active run, ready to be served; return MLflow's ModelInfo."""
-    return mlflow.sklearn.log_model(
-        model,
-        name="model",
-        serialization_format="skops",  # a pickle can run any code when it is loaded
-        skops_trusted_types=TRUSTED,
-        signature=mlflow.models.infer_signature(X, model.predict(X)),
-        input_example=X.head(),
-        pip_requirements=[f"{package}=={version(package)}" for package in PACKAGES],
-    )
+        return None
+    return folds["accuracy"]
 
 
 def serving_cost(model_uri, X):
@@ -252,20 +154,25 @@ def p_values(scores, reference):
     return (p * np.arange(len(p), 0, -1)).cummax().clip(upper=1)
 
 
-def log_verdict(run_id, p_vs_best, p_vs_baseline, above_baseline):
-    """Log to a candidate's run what the tests say of it."""
-    verdict = "not told from the best" if p_vs_best >= ALPHA else "worse than the best"
-    if p_vs_baseline >= ALPHA or not above_baseline:
-        verdict = "no better than the baseline"
-    mlflow.log_metrics({"p_vs_best": p_vs_best, "p_vs_baseline": p_vs_baseline}, run_id=run_id)
-    mlflow.MlflowClient().set_tag(run_id, "verdict", verdict)
+def log_verdicts(runs, accuracy, baseline):
+    """Log to each candidate's run what the tests say of it; `runs` has the best one first."""
+    best = runs.index[0]
+    vs_best = p_values(accuracy.drop(columns=best), accuracy[best])
+    vs_baseline = p_values(accuracy, baseline)
+    for name, scores in accuracy.items():
+        p = {"p_vs_best": vs_best.get(name, 1.0), "p_vs_baseline": vs_baseline[name]}
+        verdict = "not told from the best" if p["p_vs_best"] >= ALPHA else "worse than the best"
+        if p["p_vs_baseline"] >= ALPHA or scores.mean() <= baseline.mean():
+            verdict = "no better than the baseline"
+        mlflow.log_metrics(p, run_id=runs.loc[name, "run_id"])
+        mlflow.MlflowClient().set_tag(runs.loc[name, "run_id"], "verdict", verdict)
 
 
-def find_runs(experiment_id, parent_id):
-    """Return one comparison's runs as a DataFrame, best first; with equal scores, the newest."""
+def find_candidates(parent):
+    """Return the parent's children as a DataFrame, best first; with equal scores, the newest."""
     runs = mlflow.search_runs(
-        [experiment_id],
-        filter_string=f"tags.mlflow.parentRunId = '{parent_id}'",
+        [parent.info.experiment_id],
+        filter_string=f"tags.mlflow.parentRunId = '{parent.info.run_id}'",
         order_by=["metrics.cv_accuracy DESC", "attributes.start_time DESC"],
     )
     runs = runs.rename(columns=lambda name: name.removeprefix("tags.mlflow.").split(".")[-1])
@@ -284,8 +191,9 @@ def draw(runs, accuracy, baseline, y, predicted):
     figure = Figure(figsize=(16, 4.5), layout="constrained")
     spread, trade, confusion = figure.subplots(1, 3)
     spread.boxplot(accuracy[runs.index], showmeans=True)
+    spread.axhline(baseline, linestyle="--", color="gray")
     spread.set_xticks(range(1, len(runs) + 1), runs.index, rotation=15)
-    spread.set_title(f"Accuracy on {len(accuracy)} folds (baseline: {baseline:.3f})")
+    spread.set_title(f"Accuracy on {len(accuracy)} folds (dashed: baseline, {baseline:.3f})")
     for name, run in runs.iterrows():
         point = run["latency_ms_p50"], run["cv_accuracy"], run["cv_accuracy_std"]
         trade.errorbar(*point, fmt="o", capsize=4, alpha=0.8, label=name)
@@ -294,6 +202,177 @@ def draw(runs, accuracy, baseline, y, predicted):
     ConfusionMatrixDisplay.from_predictions(y, predicted, ax=confusion, colorbar=False)
     confusion.set_title(f"Hold-out rows as seen by {runs.index[0]}")
     return figure
+
+
+def main():
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("--csv", metavar="FILE", help="learn from this table instead")
+    parser.add_argument("--target", default="diagnosis", help="its column that holds the classes")
+    parser.add_argument("--tuned", metavar="RUN_ID", help="compare the best of this search as well")
+    args, candidates = parser.parse_args(), CANDIDATES.copy()
+    parts = tuple(load_data(args.csv, args.target))
+    (X_train, y_train, train), (X_test, y_test, test) = parts
+    open_store(EXPERIMENT)
+    if args.tuned:
+        candidates["tuned_forest"] = tuned_forest(args.tuned, train.digest)
+    if len(X_train) > 10_000 and "svm" in candidates:
+        candidates["svm"] = LARGE_SVM
+
+    with mlflow.start_run(run_name="comparison") as parent:
+        log_rows(training=train, testing=test)
+        accuracy = {}
+        try:
+            baseline = score_folds(DummyClassifier(), X_train, y_train)["accuracy"]
+            for number, (name, model) in enumerate(candidates.items(), 1):
+                print(f"{number}/{len(candidates)}  {name}", flush=True)
+                accuracy[name] = log_candidate(name, model, parts)
+        except KeyboardInterrupt:
+            mlflow.end_run("KILLED")
+            parser.exit(130, "\nStopped; nothing has been compared.\n")
+        accuracy = pd.DataFrame({n: folds for n, folds in accuracy.items() if folds is not None})
+        if accuracy.empty:  # leaving the block by an exit marks the parent FAILED
+            parser.exit(1, "Every candidate failed; the tag `verdict` of its run says why\n")
+
+        query = {  # for models, not runs: what is logged with model_id and dataset belongs to them
+            "experiment_ids": [parent.info.experiment_id],
+            "filter_string": f"tags.comparison = '{parent.info.run_id}'",
+            "order_by": [{"field_name": "metrics.cv_accuracy", "ascending": False}],
+            "output_format": "list",
+        }
+        best = mlflow.search_logged_models(**query)[0]
+        log_verdicts(find_candidates(parent), accuracy, baseline)
+        runs = find_candidates(parent)
+        chosen = {"best_model": best.tags["candidate"], "recommended_model": recommend(runs)}
+        mlflow.log_params(chosen)
+        summary = {"best_cv_accuracy": runs["cv_accuracy"].iloc[0]}
+        mlflow.log_metrics(summary | {"baseline_cv_accuracy": baseline.mean()}, dataset=train)
+        predicted = mlflow.pyfunc.load_model(best.model_uri).predict(X_test)
+        figure = draw(runs[runs.index.isin(accuracy)], accuracy, baseline.mean(), y_test, predicted)
+        mlflow.log_figure(figure, "comparison.png")
+        mlflow.log_text(accuracy.assign(baseline=baseline).to_csv(index_label="fold"), "folds.csv")
+        scores = ["cv_accuracy", "cv_accuracy_std", *(f"cv_{key}" for key in METRICS[1:]), *METRICS]
+        tests = ["p_vs_best", "p_vs_baseline", *COSTS, "verdict"]
+        mlflow.log_text(runs[scores + tests].to_csv(), "comparison.csv")
+        whole = dict.fromkeys(["rows_per_second", "model_size_bytes"], "{:.0f}".format)
+        style = {"float_format": "{:.4f}".format, "formatters": whole, "index_names": False}
+        text = f"{runs[scores].to_string(**style)}\n\n{runs[tests].to_string(**style)}"
+        text += f"\n\nBaseline, always the most frequent class: cv_accuracy {baseline.mean():.4f}"
+        mlflow.set_tag("mlflow.note.content", f"```\n{text}\n```")
+
+    print(f"\n{text}\n")
+    print(f"Best model, by its cross-validated accuracy: {chosen['best_model']}")
+    print(f"Recommended, the fastest not told from it: {chosen['recommended_model']}")
+    print("Load the best, in any process with the same tracking URI, after `import mlflow`:")
+    arguments = ", ".join(f"{key}={value!r}" for key, value in query.items())
+    print(f"  best = mlflow.search_logged_models({arguments})[0]")
+    print("  model = mlflow.pyfunc.load_model(best.model_uri)")
+    print_where_to_look(parent.info.experiment_id)
+    own_data = ["--csv", args.csv, "--target", args.target] if args.csv else []
+    script = str(Path(sys.argv[0]).with_name("production_deployment.py"))
+    print("Next: ", shlex.join(["python", script, "--model-uri", best.model_uri, *own_data]))
+
+
+# The rest is the same in all three scripts: rows, preprocessing, store, model.
+
+PACKAGES = ["mlflow", "scikit-learn", "skops", "pandas", "numpy", "scipy"]  # that the model needs
+TRUSTED = [  # skops loads no other type that it does not know: it could run code
+    "numpy.dtype",
+    "sklearn.compose._column_transformer.make_column_selector",
+    "sklearn.tree._tree.Tree",
+    "sklearn.ensemble._hist_gradient_boosting.predictor.TreePredictor",
+]
+
+
+def load_data(csv=None, target="diagnosis"):
+    """Yield features, labels and MLflow's data set: of the training part, then of the hold-out.
+
+    Of a CSV file, or of scikit-learn's breast cancer data (569 rows × 30 features). Raises OSError
+    or ValueError if it cannot be read, or if no classifier can learn the target from it.
+    """
+    data = load_breast_cancer(as_frame=True)
+    name, table = "breast-cancer", data.data.assign(diagnosis=data.target_names[data.target])
+    if csv:
+        name = "-".join(re.findall("[a-z0-9]+", Path(csv).stem.lower())) or "table"
+        table = pd.read_csv(csv, low_memory=False)
+    if target not in table:
+        raise ValueError(f"no column {target!r} in {name}, only {', '.join(map(repr, table))}")
+    labels = table.pop(target).dropna().convert_dtypes().astype(str)  # in spite of gaps 1, not 1.0
+    if gaps := len(table) - len(labels):
+        print(f"{gaps} of {len(table)} rows have no {target!r} and are left out")
+    count = labels.value_counts()
+    if len(count) < 2 or count.min() * (1 - TEST_SIZE) < FOLDS:
+        least = f"needs 2 or more classes of {FOLDS / (1 - TEST_SIZE):.0f} or more rows"
+        raise ValueError(f"{target!r} {least}, has {dict(count.tail())}")
+    numbers = table.convert_dtypes().select_dtypes(["number", "boolean"])
+    table = table.astype(dict.fromkeys(numbers, "float64"))  # which can hold a gap
+    for column in table.select_dtypes(exclude="number"):
+        if table[column].dropna().str.match(r"\d{1,4}[-/.]\d{1,2}[-/.]\d{1,4}").all():
+            raise ValueError(f"column {column!r} holds dates: turn them into numbers, such as days")
+    table = table.loc[labels.index].assign(**{target: labels})
+    parts = train_test_split(table, test_size=TEST_SIZE, stratify=labels, random_state=SEED)
+    for part, kind in zip(parts, ("train", "test"), strict=True):
+        dataset = mlflow.data.from_pandas(part, targets=target, name=f"{name}-{kind}")
+        yield part.drop(columns=target), part[target], dataset
+
+
+def with_preprocessing(model):
+    """Return a pipeline that takes raw rows: it fills gaps, scales numbers and encodes text."""
+    numbers = make_pipeline(SimpleImputer(keep_empty_features=True), StandardScaler())
+    fill = {"strategy": "constant", "fill_value": "missing"}
+    text = make_pipeline(
+        SimpleImputer(**fill),  # a gap in a table, then one in a request
+        SimpleImputer(missing_values=None, **fill),
+        OneHotEncoder(handle_unknown="ignore", max_categories=20, sparse_output=False),
+    )
+    columns = make_column_transformer(
+        (numbers, make_column_selector(dtype_include="number")),
+        (text, make_column_selector(dtype_exclude="number")),
+    )
+    return make_pipeline(columns, model)
+
+
+def open_store(experiment):
+    """Select the experiment, which is made if it is new; return its id. Raises OSError."""
+    logging.disable(logging.INFO)  # MLflow reports every table that it makes; warnings still show
+    os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # two lines for every run
+    os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"  # on stderr, for every file
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")  # its own 7 take four minutes
+    import skops.io  # noqa: F401  log_model needs it: a pause of a second, better here than there
+
+    uri = mlflow.get_tracking_uri()
+    lock = f"{uri.removeprefix('sqlite:///')}.lock" if uri.startswith("sqlite:///") else ":memory:"
+    try:
+        if uri.startswith("http"):
+            urlopen(f"{uri}/health", timeout=5).close()
+        with contextlib.closing(sqlite3.connect(lock, timeout=60)) as connection:
+            connection.execute("BEGIN EXCLUSIVE")  # one process makes the tables, the others wait
+            mlflow.set_experiment(experiment)
+        # Again: one that another process made in the same moment is returned, but not selected.
+        return mlflow.set_experiment(experiment).experiment_id
+    except (OSError, sqlite3.Error, SQLAlchemyError) as error:
+        place = uri.split("@")[-1]  # without a password
+        raise OSError(f"start, unlock or free the store {place}: {error}") from error
+
+
+def log_rows(**rows):
+    """Link data sets to the active run: log_rows(training=…, testing=…)."""
+    inputs = list(rows.values()), list(rows), [None] * len(rows)
+    with contextlib.suppress(MlflowException):  # another process is just making the same ones
+        mlflow.log_inputs(*inputs)
+    mlflow.log_inputs(*inputs)
+
+
+def log_model(model, X):
+    """Log the fitted model to the active run, ready to be served; return MLflow's ModelInfo."""
+    return mlflow.sklearn.log_model(
+        model,
+        name="model",
+        serialization_format="skops",  # a pickle can run any code when it is loaded
+        skops_trusted_types=TRUSTED,
+        signature=mlflow.models.infer_signature(X, model.predict(X)),
+        input_example=X.head(),
+        pip_requirements=[f"{package}=={version(package)}" for package in PACKAGES],
+    )
 
 
 def print_where_to_look(experiment_id):
@@ -305,88 +384,11 @@ def print_where_to_look(experiment_id):
         print(f"       after starting  mlflow ui --backend-store-uri {uri}")
 
 
-def main():
-    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("--csv", metavar="FILE", help="learn from this table instead")
-    parser.add_argument("--target", default="diagnosis", help="its column that holds the classes")
-    parser.add_argument("--tuned", metavar="RUN_ID", help="compare the best of this search as well")
-    args, candidates = parser.parse_args(), CANDIDATES.copy()
-    own_data = ["--csv", args.csv, "--target", args.target] if args.csv else []
-    try:
-        parts = tuple(load_data(args.csv, args.target))
-        (X_train, y_train, train), (X_test, y_test, _) = parts
-        experiment_id = open_store(EXPERIMENT)
-        if args.tuned:
-            candidates["tuned_forest"] = tuned_forest(args.tuned, train.digest)
-        if len(X_train) > 10_000 and "svm" in candidates:
-            candidates["svm"] = LARGE_SVM
-    except (OSError, ValueError, MlflowException) as error:
-        parser.exit(2, f"{parser.prog}: {str(error).splitlines()[0]}\n")
-
-    with mlflow.start_run(run_name="comparison") as parent:
-        parent_id, accuracy, run_ids = parent.info.run_id, {}, {}
-        try:
-            baseline = score_folds(DummyClassifier(), X_train, y_train)["accuracy"]
-            mlflow.log_metrics({"baseline_cv_accuracy": baseline.mean()}, dataset=train)
-            for number, (name, model) in enumerate(candidates.items(), 1):
-                print(f"{number}/{len(candidates)}  {name}", flush=True)
-                run_ids[name], accuracy[name] = log_candidate(name, model, parts)
-        except KeyboardInterrupt:
-            mlflow.end_run("KILLED")
-            parser.exit(130, "\nStopped; nothing has been compared.\n")
-        accuracy = pd.DataFrame({n: folds for n, folds in accuracy.items() if folds is not None})
-        if accuracy.empty:  # leaving the block by an exit marks the parent FAILED
-            parser.exit(1, "Every candidate failed; the tag `verdict` of its run says why\n")
-
-        query = {  # for models, not runs: what is logged with model_id and dataset belongs to them
-            "experiment_ids": [experiment_id],
-            "filter_string": f"tags.comparison = '{parent_id}'",
-            "order_by": [{"field_name": "metrics.cv_accuracy", "ascending": False}],
-            "output_format": "list",
-        }
-        best = mlflow.search_logged_models(**query)[0]
-        best_name = best.tags["candidate"]
-        vs_best = p_values(accuracy.drop(columns=best_name), accuracy[best_name])
-        vs_baseline = p_values(accuracy, baseline)
-        for name, scores in accuracy.items():
-            p_best, above = vs_best.get(name, 1.0), scores.mean() > baseline.mean()
-            log_verdict(run_ids[name], p_best, vs_baseline[name], above)
-        runs = find_runs(experiment_id, parent_id)
-        recommended = recommend(runs)
-        mlflow.log_params({"best_model": best_name, "recommended_model": recommended})
-        mlflow.log_metrics({"best_cv_accuracy": runs["cv_accuracy"].iloc[0]}, dataset=train)
-        predicted = mlflow.pyfunc.load_model(best.model_uri).predict(X_test)
-        figure = draw(runs[runs.index.isin(accuracy)], accuracy, baseline.mean(), y_test, predicted)
-        mlflow.log_figure(figure, "comparison.png")
-        mlflow.log_text(accuracy.assign(baseline=baseline).to_csv(index_label="fold"), "folds.csv")
-        scores = [f"{prefix}{key}" for prefix in ("cv_", "") for key in METRICS]
-        scores.insert(1, "cv_accuracy_std")
-        tests = ["p_vs_best", "p_vs_baseline", *COSTS, "verdict"]
-        mlflow.log_text(runs[scores + tests].to_csv(), "comparison.csv")
-        whole = runs[["rows_per_second", "model_size_bytes"]].round().astype("Int64")
-        text = "\n\n".join(
-            runs.assign(**whole)[columns].to_string(float_format="{:.4f}".format, index_names=False)
-            for columns in (scores, tests)
-        )
-        text += f"\n\nBaseline, always the most frequent class: cv_accuracy {baseline.mean():.4f}"
-        mlflow.set_tag("mlflow.note.content", f"```\n{text}\n```")
-
-    print(f"\n{text}\n")
-    print(f"Best model, by its cross-validated accuracy: {best_name}")
-    print(f"Recommended, the fastest not told from it: {recommended}")
-    print("Load the best, in any process with the same tracking URI, after `import mlflow`:")
-    arguments = ", ".join(f"{key}={value!r}" for key, value in query.items())
-    print(f"  best = mlflow.search_logged_models({arguments})[0]")
-    print("  model = mlflow.pyfunc.load_model(best.model_uri)")
-    print_where_to_look(experiment_id)
-    command = ["python", "production_deployment.py", "--model-uri", best.model_uri, *own_data]
-    print("Next: ", shlex.join(command))
-
-
 if __name__ == "__main__":
     try:
         main()
-    except (OSError, SQLAlchemyError, MlflowException) as error:  # a store that is full or gone
-        while error.__cause__:
-            error = error.__cause__  # what came first says it best
-        sys.exit(f"Stopped, what was logged before is kept: {str(error).splitlines()[0]}")
+    except (OSError, ValueError, MlflowException) as error:  # bad input, or a store that fails
+        if isinstance(error, ValueError) and mlflow.last_active_run():
+            raise  # the input was fine: this is not expected
+        print(f"Stopped: {error}".splitlines()[0], file=sys.stderr)
+        sys.exit(2)

@@ -8,13 +8,13 @@ from there and has to pass a gate on rows that it has not seen; only then does t
 It leaves this in the store (sqlite:///mlflow.db, or MLFLOW_TRACKING_URI where that is set):
 
     experiment production-deployment
-    └── deployment          gate_* figures, test_accuracy, deployment_guide.md; if trained here,
-                            cv_accuracy and the model `model`; FAILED if the gate refused
+    └── deployment          gate_* figures, test_accuracy, deployment_guide.md; the model `model`
+                            if it was trained here; FAILED if the gate refused
     registered model breast-cancer-classifier
     └── version 1, 2, …     one more a run, tagged with what it is, from where and how good;
                             aliases staging, production and previous; legacy stage Production
 
-Exit code 0: promoted, or rolled back. 1: refused by the gate. 2: bad input.
+Exit code 0: promoted, or rolled back. 1: refused by the gate. 2: bad input, or a store that fails.
 """
 
 import contextlib
@@ -41,117 +41,21 @@ from sklearn.datasets import load_breast_cancer
 from sklearn.impute import SimpleImputer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score
-from sklearn.model_selection import StratifiedKFold, cross_val_score, train_test_split
+from sklearn.model_selection import train_test_split
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 from sqlalchemy.exc import SQLAlchemyError
 
 EXPERIMENT = "production-deployment"
-SEED = 42  # of the split and the folds
+SEED = 42  # of the split
 TEST_SIZE = 0.2  # share of the rows that the gate judges on
-FOLDS = 5
+FOLDS = 5  # of tuning and comparison: a class with fewer rows is refused
 # The gate: figures on the hold-out; a version that misses one is not promoted.
 AT_LEAST = {"accuracy": 0.93, "answers_its_example": 1, "refuses_a_missing_column": 1}
 AT_MOST = {
     "accuracy_lost": 0.02,  # against the version in production, on the same rows
     "latency_ms": 50,  # to predict one row, median
 }
-PACKAGES = ["mlflow", "scikit-learn", "skops", "pandas", "numpy", "scipy"]  # that the model needs
-TRUSTED = [  # all else in a skops file is refused: loading it could run code
-    "numpy.dtype",
-    "sklearn.compose._column_transformer.make_column_selector",
-    "sklearn.tree._tree.Tree",
-    "sklearn.ensemble._hist_gradient_boosting.predictor.TreePredictor",
-]
-
-
-def load_data(csv=None, target="diagnosis"):
-    """Yield the training part, then the hold-out: features, labels and MLflow's data set each.
-
-    Of a CSV file, or of scikit-learn's breast cancer data (569 rows × 30 features). Raises OSError
-    or ValueError if it cannot be read, or if no classifier can learn the target from it.
-    """
-    data = load_breast_cancer(as_frame=True)
-    name, table = "breast-cancer", data.data.assign(diagnosis=data.target_names[data.target])
-    if csv:
-        name = "-".join(re.findall("[a-z0-9]+", Path(csv).stem.lower())) or "table"
-        table = pd.read_csv(csv, low_memory=False)
-    if target not in table:
-        raise ValueError(f"no column {target!r} in {name}, only {', '.join(map(repr, table))}")
-    if gaps := table[target].isna().sum():
-        print(f"{gaps} of {len(table)} rows have no {target!r} and are left out")
-        table = table.dropna(subset=[target])
-    labels = table.pop(target).convert_dtypes().astype(str)  # in spite of gaps 1, not 1.0
-    count = labels.value_counts()
-    if len(count) < 2 or count.min() * (1 - TEST_SIZE) < FOLDS:
-        least = f"needs 2 or more classes of {FOLDS / (1 - TEST_SIZE):.0f} or more rows"
-        raise ValueError(f"{target!r} {least}, has {len(count)}, one in {count.min()} rows")
-    numbers = table.convert_dtypes().select_dtypes(["number", "boolean"])
-    table = table.astype(dict.fromkeys(numbers, "float64"))  # which can hold a gap
-    for column in table.select_dtypes(exclude="number"):
-        if table[column].dropna().str.match(r"\d{1,4}[-/.]\d{1,2}[-/.]\d{1,4}").all():
-            raise ValueError(f"column {column!r} holds dates: turn them into numbers, such as days")
-    table[target] = labels
-    parts = train_test_split(table, test_size=TEST_SIZE, stratify=labels, random_state=SEED)
-    for part, kind in zip(parts, ("train", "test"), strict=True):
-        dataset = mlflow.data.from_pandas(part, targets=target, name=f"{name}-{kind}")
-        yield part.drop(columns=target), part[target], dataset
-
-
-def with_preprocessing(model):
-    """Return a pipeline that takes raw rows: it fills gaps, scales numbers and encodes text."""
-    numbers = make_pipeline(SimpleImputer(keep_empty_features=True), StandardScaler())
-    fill = {"strategy": "constant", "fill_value": "missing"}
-    text = make_pipeline(
-        SimpleImputer(**fill),  # a gap in a table, then one in a request
-        SimpleImputer(missing_values=None, **fill),
-        OneHotEncoder(handle_unknown="ignore", max_categories=20, sparse_output=False),
-    )
-    columns = make_column_transformer(
-        (numbers, make_column_selector(dtype_include="number")),
-        (text, make_column_selector(dtype_exclude="number")),
-    )
-    return make_pipeline(columns, model)
-
-
-def open_store(experiment):
-    """Select the experiment, which is made if it is new, and return its id."""
-    logging.disable(logging.INFO)  # MLflow reports every table that it makes; warnings still show
-    os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # two lines for every run
-    os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"  # on stderr, for every file
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")  # its own 7 take four minutes
-    uri, lock = mlflow.get_tracking_uri(), ":memory:"
-    if uri.startswith("http"):
-        try:
-            urlopen(f"{uri}/health", timeout=5).close()
-        except OSError as error:
-            raise OSError(f"no MLflow server answers at {uri}, start it: {error}") from error
-    elif uri.startswith("sqlite:///"):
-        lock = f"{uri.removeprefix('sqlite:///')}.lock"
-    import skops.io  # noqa: F401  log_model needs it: a pause of a second, better here than there
-
-    try:
-        with contextlib.closing(sqlite3.connect(lock, timeout=60)) as connection:
-            connection.execute("BEGIN EXCLUSIVE")  # one process makes the tables, the others wait
-            mlflow.set_experiment(experiment)
-        # Again: one that another process made in the same moment was returned, but not selected.
-        return mlflow.set_experiment(experiment).experiment_id
-    except (sqlite3.Error, SQLAlchemyError) as error:
-        place = uri.split("@")[-1]  # without a password
-        raise OSError(f"cannot use {place}, is it locked or read-only? {error}") from error
-
-
-def log_model(model, X):
-    """Log the fitted model to the active run, ready to be served; return MLflow's ModelInfo."""
-    return mlflow.sklearn.log_model(
-        model,
-        name="model",
-        serialization_format="skops",  # a pickle can run any code when it is loaded
-        skops_trusted_types=TRUSTED,
-        signature=mlflow.models.infer_signature(X, model.predict(X)),
-        input_example=X.head(),
-        pip_requirements=[f"{package}=={version(package)}" for package in PACKAGES],
-    )
 
 
 def check_before_loading(model_uri, columns):
@@ -271,15 +175,6 @@ model as README.md shows under "Swap without downtime".
 """  # noqa: E501
 
 
-def print_where_to_look(experiment_id):
-    """Print the command and the link that show the runs in a browser."""
-    uri = re.sub("(//[^:/]*):[^@/]*@", r"\1:PASSWORD@", mlflow.get_tracking_uri())
-    server = uri if uri.startswith("http") else "http://127.0.0.1:5000"
-    print(f"Look:  {server}/#/experiments/{experiment_id}/runs?workflowType=machine_learning")
-    if server != uri:
-        print(f"       after starting  mlflow ui --backend-store-uri {uri}")
-
-
 def main():
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--csv", metavar="FILE", help="learn from this table instead")
@@ -289,29 +184,22 @@ def main():
     floor = AT_LEAST["accuracy"]
     parser.add_argument("--min-accuracy", type=float, default=floor, help=f"instead of {floor}")
     args = parser.parse_args()
-    own_data = ["--csv", args.csv, "--target", args.target] if args.csv else []
-    try:
-        (X_train, y_train, train), (X_test, y_test, test) = load_data(args.csv, args.target)
-        name = f"{train.name.removesuffix('-train')}-classifier"
-        experiment_id = open_store(EXPERIMENT)
-        client = mlflow.MlflowClient()
-        if args.rollback:
-            current, previous = roll_back(client, name)
-            print(f"Rolled {name} back from version {current} to version {previous}")
-            return
-        model_id = check_before_loading(args.model_uri, X_test) if args.model_uri else None
-    except (OSError, ValueError, MlflowException) as error:
-        parser.exit(2, f"{parser.prog}: {str(error).splitlines()[0]}\n")
+    (X_train, y_train, train), (X_test, y_test, test) = load_data(args.csv, args.target)
+    name = f"{train.name.removesuffix('-train')}-classifier"
+    open_store(EXPERIMENT)
+    client = mlflow.MlflowClient()
+    if args.rollback:
+        current, previous = roll_back(client, name)
+        print(f"Rolled {name} back from version {current} to version {previous}")
+        return
+    model_id = check_before_loading(args.model_uri, X_test) if args.model_uri else None
 
     with mlflow.start_run(run_name="deployment") as run:
         if model_id is None:
             print("1. Train and log a model", flush=True)
-            mlflow.log_input(train, context="training")
-            model = with_preprocessing(LogisticRegression(max_iter=1000))
-            folds = StratifiedKFold(FOLDS, shuffle=True, random_state=SEED)
-            score = cross_val_score(model, X_train, y_train, cv=folds).mean()
-            model_id = log_model(model.fit(X_train, y_train), X_train).model_id
-            mlflow.log_metric("cv_accuracy", score, model_id=model_id, dataset=train)
+            log_rows(training=train)
+            model = with_preprocessing(LogisticRegression(max_iter=1000)).fit(X_train, y_train)
+            model_id = log_model(model, X_train).model_id
 
         print("2. Register it and give it the alias `staging`", flush=True)
         with contextlib.redirect_stderr(sys.stdout):  # MLflow reports success on stderr
@@ -324,7 +212,7 @@ def main():
         candidate = mlflow.pyfunc.load_model(f"models:/{name}/{staged.version}")
         in_use = mlflow.pyfunc.load_model(f"models:/{name}@production") if current else None
         figures = judge(candidate, in_use, X_test, y_test)
-        mlflow.log_input(test, context="testing")
+        log_rows(testing=test)
         mlflow.log_metric("test_accuracy", figures["accuracy"], model_id=model_id, dataset=test)
         figures = {f"gate_{check}": figure for check, figure in figures.items()}
         mlflow.log_metrics(figures, model_id=model_id, dataset=test)
@@ -360,14 +248,128 @@ def main():
     model, rows = mlflow.pyfunc.load_model(f"models:/{name}@production"), X_test.head()
     table = rows.iloc[:, :3].assign(actual=y_test, predicted=model.predict(rows))
     print(table.to_string(index=False), guide, sep="\n\n")
-    print_where_to_look(experiment_id)
-    print("Undo: ", shlex.join(["python", "production_deployment.py", "--rollback", *own_data]))
+    print_where_to_look(run.info.experiment_id)
+    own_data = ["--csv", args.csv, "--target", args.target] if args.csv else []
+    print("Undo: ", shlex.join(["python", sys.argv[0], "--rollback", *own_data]))
+
+
+# The rest is the same in all three scripts: rows, preprocessing, store, model.
+
+PACKAGES = ["mlflow", "scikit-learn", "skops", "pandas", "numpy", "scipy"]  # that the model needs
+TRUSTED = [  # skops loads no other type that it does not know: it could run code
+    "numpy.dtype",
+    "sklearn.compose._column_transformer.make_column_selector",
+    "sklearn.tree._tree.Tree",
+    "sklearn.ensemble._hist_gradient_boosting.predictor.TreePredictor",
+]
+
+
+def load_data(csv=None, target="diagnosis"):
+    """Yield features, labels and MLflow's data set: of the training part, then of the hold-out.
+
+    Of a CSV file, or of scikit-learn's breast cancer data (569 rows × 30 features). Raises OSError
+    or ValueError if it cannot be read, or if no classifier can learn the target from it.
+    """
+    data = load_breast_cancer(as_frame=True)
+    name, table = "breast-cancer", data.data.assign(diagnosis=data.target_names[data.target])
+    if csv:
+        name = "-".join(re.findall("[a-z0-9]+", Path(csv).stem.lower())) or "table"
+        table = pd.read_csv(csv, low_memory=False)
+    if target not in table:
+        raise ValueError(f"no column {target!r} in {name}, only {', '.join(map(repr, table))}")
+    labels = table.pop(target).dropna().convert_dtypes().astype(str)  # in spite of gaps 1, not 1.0
+    if gaps := len(table) - len(labels):
+        print(f"{gaps} of {len(table)} rows have no {target!r} and are left out")
+    count = labels.value_counts()
+    if len(count) < 2 or count.min() * (1 - TEST_SIZE) < FOLDS:
+        least = f"needs 2 or more classes of {FOLDS / (1 - TEST_SIZE):.0f} or more rows"
+        raise ValueError(f"{target!r} {least}, has {dict(count.tail())}")
+    numbers = table.convert_dtypes().select_dtypes(["number", "boolean"])
+    table = table.astype(dict.fromkeys(numbers, "float64"))  # which can hold a gap
+    for column in table.select_dtypes(exclude="number"):
+        if table[column].dropna().str.match(r"\d{1,4}[-/.]\d{1,2}[-/.]\d{1,4}").all():
+            raise ValueError(f"column {column!r} holds dates: turn them into numbers, such as days")
+    table = table.loc[labels.index].assign(**{target: labels})
+    parts = train_test_split(table, test_size=TEST_SIZE, stratify=labels, random_state=SEED)
+    for part, kind in zip(parts, ("train", "test"), strict=True):
+        dataset = mlflow.data.from_pandas(part, targets=target, name=f"{name}-{kind}")
+        yield part.drop(columns=target), part[target], dataset
+
+
+def with_preprocessing(model):
+    """Return a pipeline that takes raw rows: it fills gaps, scales numbers and encodes text."""
+    numbers = make_pipeline(SimpleImputer(keep_empty_features=True), StandardScaler())
+    fill = {"strategy": "constant", "fill_value": "missing"}
+    text = make_pipeline(
+        SimpleImputer(**fill),  # a gap in a table, then one in a request
+        SimpleImputer(missing_values=None, **fill),
+        OneHotEncoder(handle_unknown="ignore", max_categories=20, sparse_output=False),
+    )
+    columns = make_column_transformer(
+        (numbers, make_column_selector(dtype_include="number")),
+        (text, make_column_selector(dtype_exclude="number")),
+    )
+    return make_pipeline(columns, model)
+
+
+def open_store(experiment):
+    """Select the experiment, which is made if it is new; return its id. Raises OSError."""
+    logging.disable(logging.INFO)  # MLflow reports every table that it makes; warnings still show
+    os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # two lines for every run
+    os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"  # on stderr, for every file
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")  # its own 7 take four minutes
+    import skops.io  # noqa: F401  log_model needs it: a pause of a second, better here than there
+
+    uri = mlflow.get_tracking_uri()
+    lock = f"{uri.removeprefix('sqlite:///')}.lock" if uri.startswith("sqlite:///") else ":memory:"
+    try:
+        if uri.startswith("http"):
+            urlopen(f"{uri}/health", timeout=5).close()
+        with contextlib.closing(sqlite3.connect(lock, timeout=60)) as connection:
+            connection.execute("BEGIN EXCLUSIVE")  # one process makes the tables, the others wait
+            mlflow.set_experiment(experiment)
+        # Again: one that another process made in the same moment is returned, but not selected.
+        return mlflow.set_experiment(experiment).experiment_id
+    except (OSError, sqlite3.Error, SQLAlchemyError) as error:
+        place = uri.split("@")[-1]  # without a password
+        raise OSError(f"start, unlock or free the store {place}: {error}") from error
+
+
+def log_rows(**rows):
+    """Link data sets to the active run: log_rows(training=…, testing=…)."""
+    inputs = list(rows.values()), list(rows), [None] * len(rows)
+    with contextlib.suppress(MlflowException):  # another process is just making the same ones
+        mlflow.log_inputs(*inputs)
+    mlflow.log_inputs(*inputs)
+
+
+def log_model(model, X):
+    """Log the fitted model to the active run, ready to be served; return MLflow's ModelInfo."""
+    return mlflow.sklearn.log_model(
+        model,
+        name="model",
+        serialization_format="skops",  # a pickle can run any code when it is loaded
+        skops_trusted_types=TRUSTED,
+        signature=mlflow.models.infer_signature(X, model.predict(X)),
+        input_example=X.head(),
+        pip_requirements=[f"{package}=={version(package)}" for package in PACKAGES],
+    )
+
+
+def print_where_to_look(experiment_id):
+    """Print the command and the link that show the runs in a browser."""
+    uri = re.sub("(//[^:/]*):[^@/]*@", r"\1:PASSWORD@", mlflow.get_tracking_uri())
+    server = uri if uri.startswith("http") else "http://127.0.0.1:5000"
+    print(f"Look:  {server}/#/experiments/{experiment_id}/runs?workflowType=machine_learning")
+    if server != uri:
+        print(f"       after starting  mlflow ui --backend-store-uri {uri}")
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (OSError, SQLAlchemyError, MlflowException) as error:  # a store that is full or gone
-        while error.__cause__:
-            error = error.__cause__  # what came first says it best
-        sys.exit(f"Stopped, what was logged before is kept: {str(error).splitlines()[0]}")
+    except (OSError, ValueError, MlflowException) as error:  # bad input, or a store that fails
+        if isinstance(error, ValueError) and mlflow.last_active_run():
+            raise  # the input was fine: this is not expected
+        print(f"Stopped: {error}".splitlines()[0], file=sys.stderr)
+        sys.exit(2)

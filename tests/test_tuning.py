@@ -246,7 +246,7 @@ def test_the_best_is_found_among_more_trials_than_a_page_holds(tmp_path):
     """MLflow answers 1,000 runs at the most at a time; the best of these is the oldest."""
     sys.path.insert(0, str(ROOT))
     try:
-        from hyperparameter_tuning import search_trials
+        from hyperparameter_tuning import find_trials
     finally:
         sys.path.remove(str(ROOT))
     client = store(tmp_path)
@@ -257,7 +257,7 @@ def test_the_best_is_found_among_more_trials_than_a_page_holds(tmp_path):
         trial = client.create_run(experiment, tags=tags, run_name=f"coarse-{number:04}")
         client.log_metric(trial.info.run_id, "cv_accuracy", 0.5 + (number == 0) / 4)
         client.set_terminated(trial.info.run_id)
-    trials = search_trials(parent)
+    trials = find_trials(parent)
     assert len(trials) == 1005 and trials["trial"].iloc[0] == "coarse-0000"
 
 
