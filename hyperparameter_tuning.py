@@ -29,7 +29,7 @@ from urllib.request import urlopen
 
 import mlflow
 import pandas as pd
-from joblib import Parallel, delayed
+from joblib import Parallel, delayed, parallel_config
 from mlflow.exceptions import MlflowException
 from sklearn.compose import make_column_selector, make_column_transformer
 from sklearn.datasets import load_breast_cancer
@@ -72,12 +72,14 @@ def start_trials(trials, X, y, backend="loky"):
     """
     # The longest first: one that came last would leave the other cores idle.
     tasks = [delayed(run_trial)(name, trials[name], X, y) for name in reversed(trials)]
-    return Parallel(n_jobs=-1, backend=backend, return_as="generator_unordered")(tasks)
+    with parallel_config(backend):
+        return Parallel(n_jobs=-1, return_as="generator_unordered")(tasks)
 
 
 def log_trials(results, trials, dataset):
     """Log and print each result as it comes: a child of the active run, visible at once."""
     start, total = time.perf_counter(), len(trials)
+    print(f"{total} trials, the longest first", flush=True)
     with contextlib.closing(results):  # if this stops, so do the workers
         for done, (name, metrics, error) in enumerate(results, 1):
             with mlflow.start_run(run_name=name, nested=True, tags={"stage": name.split("-")[0]}):
@@ -170,8 +172,8 @@ def main():
     if args.scheduler:
         try:
             from dask.distributed import Client
-        except ImportError as error:
-            raise ValueError("--scheduler needs Dask: pip install distributed") from error
+        except ImportError:
+            raise ValueError("--scheduler needs Dask: pip install distributed") from None
         Client(args.scheduler, timeout=5)
     if args.resume:
         open_store(EXPERIMENT)
@@ -305,7 +307,7 @@ def open_store(experiment):
         return mlflow.set_experiment(experiment).experiment_id
     except (OSError, sqlite3.Error, SQLAlchemyError) as error:
         place = uri.split("@")[-1]  # without a password
-        raise OSError(f"start, unlock or free the store {place}: {error}") from error
+        raise OSError(f"start, unlock or free the store {place}: {error}") from None
 
 
 def log_rows(**rows):
@@ -344,5 +346,7 @@ if __name__ == "__main__":
     except (OSError, ValueError, MlflowException) as error:  # bad input, or a store that fails
         if isinstance(error, ValueError) and mlflow.last_active_run():
             raise  # the input was fine: this is not expected
+        if isinstance(error, MlflowException):
+            error = error.__cause__ or error  # such as a full disk, which MLflow does not name
         print(f"Stopped: {error}".splitlines()[0], file=sys.stderr)
         sys.exit(2)

@@ -332,7 +332,7 @@ def open_store(experiment):
         return mlflow.set_experiment(experiment).experiment_id
     except (OSError, sqlite3.Error, SQLAlchemyError) as error:
         place = uri.split("@")[-1]  # without a password
-        raise OSError(f"start, unlock or free the store {place}: {error}") from error
+        raise OSError(f"start, unlock or free the store {place}: {error}") from None
 
 
 def log_rows(**rows):
@@ -371,5 +371,7 @@ if __name__ == "__main__":
     except (OSError, ValueError, MlflowException) as error:  # bad input, or a store that fails
         if isinstance(error, ValueError) and mlflow.last_active_run():
             raise  # the input was fine: this is not expected
+        if isinstance(error, MlflowException):
+            error = error.__cause__ or error  # such as a full disk, which MLflow does not name
         print(f"Stopped: {error}".splitlines()[0], file=sys.stderr)
         sys.exit(2)

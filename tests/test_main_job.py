@@ -302,7 +302,8 @@ def test_an_absent_tracking_server_ends_in_one_line(script, tmp_path):
     with socket.socket() as probe:  # a port on which nothing listens
         probe.bind(("127.0.0.1", 0))
         uri = f"http://127.0.0.1:{probe.getsockname()[1]}"
-    assert_one_line(run(script, cwd=tmp_path, timeout=10, MLFLOW_TRACKING_URI=uri), "start, unlock or free", uri)
+    process = run(script, cwd=tmp_path, timeout=10, MLFLOW_TRACKING_URI=uri)
+    assert_one_line(process, f"start, unlock or free the store {uri}")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -362,7 +363,8 @@ def test_a_locked_store_ends_in_one_line(tmp_path):
 def test_the_scripts_share_conventions_and_nothing_else():
     """Each script stands alone; what they have in common is the same to the letter."""
     texts = [(ROOT / script).read_text() for script in SCRIPTS]
-    (shared,) = {text[text.index("\n# The rest is the same in all three scripts") :] for text in texts}
+    start = "\n# The rest is the same in all three scripts"
+    (shared,) = {text[text.index(start) :] for text in texts}
     for name in ("load_data", "with_preprocessing", "open_store", "log_rows", "log_model"):
         assert f"\ndef {name}(" in shared
     for setting in ("SEED = 42", "TEST_SIZE = 0.2", "FOLDS = 5"):
