@@ -335,6 +335,7 @@ def with_preprocessing(model):
 def open_store(experiment):
     """Select the experiment, which is made if it is new; return its id. Raises OSError."""
     logging.disable(logging.INFO)  # MLflow reports every table that it makes; warnings still show
+    logging.getLogger("mlflow.store.db.utils").disabled = True  # logs what it also raises
     os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # two lines for every run
     os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"  # on stderr, for every file
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")  # its own 7 take four minutes
@@ -388,10 +389,10 @@ def print_where_to_look(experiment_id):
 if __name__ == "__main__":
     try:
         main()
-    except (OSError, ValueError, MlflowException) as error:  # bad input, or a store that fails
+    except (OSError, ValueError, MlflowException, SQLAlchemyError) as error:  # or the store fails
         if isinstance(error, ValueError) and mlflow.last_active_run():
             raise  # the input was fine: this is not expected
-        if isinstance(error, MlflowException):
-            error = error.__cause__ or error  # such as a full disk, which MLflow does not name
+        while isinstance(error, MlflowException | SQLAlchemyError) and error.__cause__:
+            error = error.__cause__  # such as a full disk, which the others do not name
         print(f"Stopped: {error}".splitlines()[0], file=sys.stderr)
         sys.exit(2)

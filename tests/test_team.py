@@ -16,7 +16,7 @@ from urllib.request import urlopen
 
 import mlflow
 import pytest
-from conftest import ROOT, SCRIPTS, children, edited, parents, user_env
+from conftest import ROOT, SCRIPTS, children, edited, parents, store, user_env
 from sklearn.linear_model import LogisticRegression
 from sklearn.svm import SVC
 
@@ -173,11 +173,12 @@ def test_a_server_that_goes_away_ends_in_one_line_and_keeps_what_was_logged(tmp_
     assert len(finished) >= 3
 
 
-def test_a_full_disk_ends_in_one_line_and_keeps_what_was_logged(tmp_path):
-    """A limit on the size of files stands for it: the model does not fit."""
+@pytest.mark.parametrize(("kib", "words"), [(2000, "File too large"), (960, "")])
+def test_a_full_disk_ends_in_one_line_and_keeps_what_was_logged(kib, words, tmp_path):
+    """A limit on the size of files stands for it: the model does not fit, or the database."""
     script = edited(tmp_path, SCRIPTS[0], PARAM_GRID={"max_depth": [9], "n_estimators": [5, 600]})
     process = subprocess.run(
-        ["bash", "-c", f"ulimit -f 2000; exec {shlex.join([sys.executable, str(script)])}"],
+        ["bash", "-c", f"ulimit -f {kib}; exec {shlex.join([sys.executable, str(script)])}"],
         cwd=tmp_path,
         env=user_env(),
         capture_output=True,
@@ -185,4 +186,7 @@ def test_a_full_disk_ends_in_one_line_and_keeps_what_was_logged(tmp_path):
         timeout=120,
     )
     assert process.returncode == 2 and process.stderr.count("\n") == 1, process.stderr
-    assert process.stderr.startswith("Stopped: ") and "File too large" in process.stderr
+    assert process.stderr.startswith("Stopped: ") and words in process.stderr
+    store(tmp_path)
+    (parent,) = parents("hyperparameter-tuning")
+    assert kib < 2000 or len(children(parent)) == 2
