@@ -172,7 +172,7 @@ def test_costs_and_recommendation(sessions):
             model = mlflow.models.get_model_info(f"runs:/{run.info.run_id}/model")
             path = mlflow.artifacts.list_artifacts(f"models:/{model.model_id}")
             sizes = {file.path.split("/")[-1]: file.file_size for file in path}
-            assert metrics["model_size_bytes"] >= sizes["model.skops"]
+            assert metrics["model_size_bytes"] >= max(sizes.values())
             assert metrics["model_size_bytes"] <= sum(sizes.values())
             if run.data.tags["verdict"] == "not told from the best":
                 assert metrics["p_vs_best"] >= 0.05 > metrics["p_vs_baseline"]

@@ -269,20 +269,18 @@ def free_port():
 
 def test_a_dask_cluster_does_the_same_search_and_may_lose_a_worker(tmp_path, assert_same_result):
     script = edited(tmp_path, SCRIPT, PARAM_GRID=SLOW_GRID)
-    port = free_port()
-    address = f"tcp://127.0.0.1:{port}"
-    local = ["--host", "127.0.0.1", "--no-dashboard"]
-    dask = [sys.executable, "-m", "dask"]
-    worker = [*dask, "worker", address, *local, "--nthreads", "1"]
+    readme = (ROOT / "README.md").read_text().replace("8786", str(free_port()))
+    scheduler, worker = re.findall(r"^(dask .*)$", readme, re.M)
+    (option,) = re.findall(r"^python hyperparameter_tuning.py (--scheduler .*)$", readme, re.M)
     folders = [tmp_path / name for name in ("scheduler", "worker-1", "worker-2")]
     for folder in folders:
         folder.mkdir()
-    processes = [start(*dask, "scheduler", *local, "--port", str(port), cwd=folders[0])]
+    processes = [start(*scheduler.split(), cwd=folders[0])]
     try:
-        processes += [start(*worker, cwd=folder) for folder in folders[1:]]
-        search = start(sys.executable, script, "--scheduler", address, cwd=tmp_path)
+        processes += [start(*worker.split(), cwd=folder) for folder in folders[1:]]
+        search = start(sys.executable, script, *option.split(), cwd=tmp_path)
         processes.append(search)
-        wait_until(lambda: len(finished(tmp_path)) >= 3)
+        wait_until(lambda: len(finished(tmp_path)) >= 3 or search.poll())
         processes[1].kill()
         assert search.wait(timeout=120) == 0
         assert (tmp_path / "stderr.txt").read_text() == ""
