@@ -3,6 +3,7 @@
 python tests/benchmark_comparison.py
 """
 
+import re
 import subprocess
 import sys
 import tempfile
@@ -10,17 +11,24 @@ import time
 from pathlib import Path
 
 SCRIPT = Path(__file__).resolve().parent.parent / "model_comparison.py"
+PIPELINE = re.search(
+    r"^def with_preprocessing.*?\n(?=\n\n)", SCRIPT.read_text(), re.M | re.S
+).group()
 # The same candidates on the same folds, candidates and folds in parallel, nothing tracked.
-BARE = """
+BARE = f"""
 from joblib import Parallel, delayed
+from sklearn.compose import make_column_selector, make_column_transformer
 from sklearn.datasets import load_breast_cancer
 from sklearn.dummy import DummyClassifier
 from sklearn.ensemble import HistGradientBoostingClassifier, RandomForestClassifier
+from sklearn.impute import SimpleImputer
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import RepeatedStratifiedKFold, cross_validate, train_test_split
 from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
+from sklearn.preprocessing import OneHotEncoder, StandardScaler
 from sklearn.svm import SVC
+
+{PIPELINE}
 
 X, y = load_breast_cancer(as_frame=True, return_X_y=True)
 X, _, y, _ = train_test_split(X, y, test_size=0.2, stratify=y, random_state=42)
@@ -28,13 +36,13 @@ models = [
     DummyClassifier(),
     RandomForestClassifier(random_state=42),
     HistGradientBoostingClassifier(random_state=42),
-    make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)),
-    make_pipeline(StandardScaler(), SVC(random_state=42)),
+    LogisticRegression(max_iter=1000),
+    SVC(random_state=42),
 ]
 folds = list(RepeatedStratifiedKFold(n_splits=5, n_repeats=30, random_state=42).split(X, y))
-scoring = {"accuracy": "accuracy"}
+scoring = "accuracy"
 Parallel(n_jobs=-1)(
-    delayed(cross_validate)(model, X, y, cv=[fold], scoring=scoring)
+    delayed(cross_validate)(with_preprocessing(model), X, y, cv=[fold], scoring=scoring)
     for model in models
     for fold in folds
 )
