@@ -143,6 +143,38 @@ def test_eight_scripts_at_once_on_a_server_lose_nothing(postgresql, tmp_path, mo
         assert production.status == "READY"
 
 
+TOGETHER = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+import mlflow
+import pandas as pd
+import hyperparameter_tuning as script
+for number in range(5):
+    script.open_store(f"new-rows-{number}")
+    rows = mlflow.data.from_pandas(pd.DataFrame({"x": [number + 0.5]}), name="rows")
+    with mlflow.start_run():
+        time.sleep(1 - time.time() % 1)  # until the second is full, for all at the same time
+        script.log_rows(training=rows)
+"""
+
+
+def test_new_rows_logged_by_several_at_the_same_time_are_not_refused(postgresql, tmp_path):
+    """Without the second call in log_rows most of these are: duplicate key … dataset_pk."""
+    mlflow.set_tracking_uri(postgresql)
+    mlflow.search_experiments()  # makes the tables, as a server does when it starts
+    env = user_env(MLFLOW_TRACKING_URI=postgresql)
+    command = [sys.executable, "-c", TOGETHER, str(ROOT)]
+    started = [
+        subprocess.Popen(command, cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True)
+        for _ in range(4)
+    ]
+    ended = [(process.communicate(timeout=120)[1], process.returncode) for process in started]
+    assert ended == [("", 0)] * 4
+    for number in range(5):
+        runs = parents(f"new-rows-{number}")
+        assert [len(run.inputs.dataset_inputs) for run in runs] == [1] * 4
+
+
 def test_a_server_that_goes_away_ends_in_one_line_and_keeps_what_was_logged(tmp_path):
     script = edited(
         tmp_path, SCRIPTS[0], PARAM_GRID={"max_depth": [2, 8], "n_estimators": [50] * 6}
