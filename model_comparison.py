@@ -303,7 +303,7 @@ def load_data(csv=None, target="diagnosis"):
     count = labels.value_counts()
     if len(count) < 2 or count.min() * (1 - TEST_SIZE) < FOLDS:
         least = f"needs 2 or more classes of {FOLDS / (1 - TEST_SIZE):.0f} or more rows"
-        raise ValueError(f"{target!r} {least}, has {dict(count.tail())}")
+        raise ValueError(f"{target!r} {least}, has {count.tail().to_dict()}")
     numbers = table.convert_dtypes().select_dtypes(["number", "boolean"])
     table = table.astype(dict.fromkeys(numbers, "float64"))  # which can hold a gap
     for column in table.select_dtypes(exclude="number"):
