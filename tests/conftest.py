@@ -3,6 +3,7 @@
 import fcntl
 import os
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -60,6 +61,17 @@ def store(folder):
     """Point this process at the store in the folder; return a client of it."""
     mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
     return mlflow.MlflowClient()
+
+
+def printed_table(text):
+    """Return the table that the comparison prints: {candidate: {row: text}}."""
+    lines = text.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("cv_accuracy "))
+    rows = [line.split(maxsplit=1) for line in lines[start : lines.index("", start)]]
+    names, table = lines[start - 1].split(), {}
+    for key, values in rows:
+        table[key] = re.split(r"\s{2,}", values.strip())
+    return {name: {key: cells[i] for key, cells in table.items()} for i, name in enumerate(names)}
 
 
 def children(parent):

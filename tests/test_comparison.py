@@ -11,7 +11,16 @@ import mlflow
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT, assert_success, children, parents, store, user_env
+from conftest import (
+    ROOT,
+    assert_success,
+    children,
+    edited,
+    parents,
+    printed_table,
+    store,
+    user_env,
+)
 from scipy.stats import t as student_t
 from sklearn.base import clone
 from sklearn.datasets import load_breast_cancer
@@ -33,25 +42,14 @@ if __name__ == "__main__":
 FEW = "script.REPEATS = 2"
 
 
-def start(folder, change):
-    """Start the script with changed settings, as the leader of its own group of processes."""
-    (folder / "driver.py").write_text(DRIVER.format(root=str(ROOT), change=change))
-    return subprocess.Popen(
-        [sys.executable, "driver.py"],
-        cwd=folder,
-        env=user_env(),
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-    )
-
-
 def drive(folder, change):
     """Run the script with changed settings; return its exit code, stdout and stderr."""
-    process = start(folder, change)
-    out, err = process.communicate(timeout=120)
-    return process.returncode, out, err
+    (folder / "driver.py").write_text(DRIVER.format(root=str(ROOT), change=change))
+    command, env = [sys.executable, "driver.py"], user_env()
+    process = subprocess.run(
+        command, cwd=folder, env=env, text=True, capture_output=True, timeout=120
+    )
+    return process.returncode, process.stdout, process.stderr
 
 
 def csv(parent, name):
@@ -93,10 +91,11 @@ def test_table_equals_store_equals_stored_models(sessions, parts):
                 assert metrics[key] == pytest.approx(expected, abs=1e-9)
             expected = recall_score(y_test, predicted, **MACRO)
             assert metrics["recall"] == pytest.approx(expected, abs=1e-9)
-            row = next(line for line in printed.splitlines() if line.startswith(f"{name} "))
-            keys = ["cv_accuracy", "cv_accuracy_std", "cv_precision", "cv_recall", "cv_f1"]
-            keys += ["accuracy", "precision", "recall", "f1"]
-            assert row.split()[1:] == [f"{metrics[key]:.4f}" for key in keys]
+            shown = printed_table(printed)[name]
+            assert shown.pop("verdict") == run.data.tags["verdict"]
+            assert set(shown) == set(table.columns) - {"verdict"}
+            for key, text in shown.items():
+                assert text == f"{metrics[key]:.{4 if metrics[key] < 1000 else 0}f}"
     # The folds can be had again from what is stored: a cheap model is enough to show it.
     run = children(sessions[0][0])["logistic_regression"]
     model = clone(mlflow.sklearn.load_model(f"runs:/{run.info.run_id}/model"))
@@ -214,7 +213,7 @@ def test_a_candidate_that_raises_is_a_failed_child_and_a_row(tmp_path):
     states = {name: run.info.status for name, run in children(parent).items()}
     assert states.pop("broken") == "FAILED"
     assert set(states.values()) == {parent.info.status} == {"FINISHED"}
-    assert any(line.startswith("broken") and "FAILED" in line for line in out.splitlines())
+    assert printed_table(out)["broken"]["verdict"].startswith("FAILED: ")
 
 
 def test_all_candidates_failing_is_exit_code_1(tmp_path):
@@ -226,14 +225,23 @@ def test_all_candidates_failing_is_exit_code_1(tmp_path):
     assert {parent.info.status, children(parent)["broken"].info.status} == {"FAILED"}
 
 
-def test_ctrl_c_leaves_the_parent_killed(tmp_path):
-    process = start(tmp_path, "script.REPEATS = 500")
+def test_ctrl_c_leaves_no_run_running(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, edited(tmp_path, "model_comparison.py", REPEATS=500)],
+        cwd=tmp_path,
+        env=user_env(),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    assert "breast-cancer" in process.stdout.readline()
     assert "random_forest" in process.stdout.readline()
     time.sleep(1)  # into the folds
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the workers get it too
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
+    assert (process.returncode, err) == (130, "Stopped: by Ctrl-C\n")
     store(tmp_path)
     (parent,) = parents("model-comparison")
-    assert parent.info.status == "KILLED"
-    assert "RUNNING" not in {run.info.status for run in children(parent).values()}
+    runs = [parent, *children(parent).values()]
+    assert {run.info.status for run in runs} == {"FAILED"} and len(runs) == 2

@@ -166,7 +166,7 @@ def test_a_model_that_could_run_code_is_not_loaded(tmp_path, monkeypatch):
     for info in (pickled, trusting, fine):
         process = run(SCRIPT, "--model-uri", info.model_uri, cwd=tmp_path)
         assert_one_line(process, info.model_uri, "could run code")
-        assert process.stdout == ""
+        assert "1." not in process.stdout
     assert mlflow.MlflowClient().search_registered_models() == []
 
 
@@ -445,7 +445,7 @@ def test_the_guide_names_this_version_and_every_platform(guide):
     for platform in ("SageMaker", "Azure ML", "Vertex AI", "Databricks", "KServe"):
         title = next(line for line in text.splitlines() if platform in line)
         assert title.startswith("## ") and "needs" in title and section(text, title[3:])
-    (manifest,) = re.findall(r"<<'EOF'\n(.*?)    EOF", text, re.S)
+    (manifest,) = re.findall(r"echo '(.*)' \| kubectl", text)
     assert json.loads(manifest)["kind"] == "InferenceService"
     (served,) = re.findall(r"--json '(.*)'", text)
     entity = json.loads(served)["config"]["served_entities"][0]

@@ -22,7 +22,7 @@ from conftest import (
     user_env,
 )
 from sklearn.linear_model import LogisticRegression
-from sklearn.svm import SVC
+from sklearn.svm import LinearSVC
 
 TARGET = "class, of it"
 ONE_CORE = {"LOKY_MAX_CPU_COUNT": "1"}  # of so few trials and folds it is the faster way
@@ -55,7 +55,7 @@ def chain(folder, *args):
     (line,) = re.findall(r"^.*\| follow .*$", README, re.M)
     (function,) = re.findall(r"^follow\(\) .*$", README, re.M)
     edited(folder, SCRIPTS[0], PARAM_GRID={"max_depth": [2, 8], "n_estimators": [5, 20]})
-    few = {"logistic_regression": LogisticRegression(max_iter=1000), "svm": SVC()}
+    few = {"logistic_regression": LogisticRegression(max_iter=1000), "svm": LinearSVC()}
     edited(folder, SCRIPTS[1], REPEATS=2, CANDIDATES=few)
     shutil.copy(ROOT / SCRIPTS[2], folder)
     first = f"python {SCRIPTS[0]}"
@@ -105,7 +105,7 @@ def test_the_line_that_chains_the_three_on_a_csv(tmp_path):
     table.to_csv(tmp_path / "Kunden 2026.csv", index=False)
     process = chain(tmp_path, "--csv", "'Kunden 2026.csv'", "--target", f"'{TARGET}'")
     assert process.returncode == 0, process.stderr
-    assert f"6 of 300 rows have no '{TARGET}'" in process.stdout
+    assert f"kunden-2026: 294 of 300 rows have a '{TARGET}'" in process.stdout
     model = check_chain(tmp_path, "kunden-2026")
 
     # The model that is served takes raw rows: with gaps, and with text that it has never seen.
@@ -143,7 +143,7 @@ UNUSABLE = {
     "not text": (b"\x89PNG", "y", "can't decode"),
     "unknown target": (ROWS, "z", "no column 'z' in table, only 'x', 'y'"),
     "one class": (ROWS | {"y": "a"}, "y", "'y' needs 2 or more classes"),
-    "a rare class": (ROWS | {"y": ["a"] * 55 + ["b"] * 5}, "y", "6 or more rows"),
+    "a rare class": (ROWS | {"y": ["a"] * 55 + ["b"] * 5}, "y", "7 or more rows"),
     "a continuous target": (ROWS, "x", "'x' needs 2 or more classes"),
     "dates": (ROWS | {"when": "2026-11-24"}, "y", "'when' holds dates"),
 }
@@ -177,17 +177,23 @@ def test_what_is_no_search_of_these_rows_is_not_compared(main_job):
     assert len(parents("model-comparison")) == before
 
 
-def test_ten_thousand_rows_take_a_support_vector_machine_that_scales(tmp_path):
+class Code(str):
+    """Stands in a setting as it is."""
+
+    __repr__ = str.__str__
+
+
+def test_the_support_vector_machine_scales_to_many_rows(tmp_path):
     rng = np.random.default_rng(0)
     table = pd.DataFrame(rng.normal(size=(12_600, 3)), columns=list("abc"))
     table["y"] = table["a"] * table["b"] > 0
     table.to_csv(tmp_path / "table.csv", index=False)
-    script = edited(tmp_path, SCRIPTS[1], CANDIDATES={"svm": None})
+    script = edited(tmp_path, SCRIPTS[1], CANDIDATES=Code('{"svm": CANDIDATES["svm"]}'))
     assert_success(run(script, "--csv", "table.csv", "--target", "y", cwd=tmp_path))
     store(tmp_path)
     (comparison,) = parents("model-comparison")
     svm = children(comparison)["svm"]
-    assert "Nystroem" in svm.data.params["steps"] and svm.data.metrics["cv_accuracy"] > 0.95
+    assert svm.data.metrics["cv_accuracy"] > 0.95
 
 
 def test_the_ci_recipe_goes_by_exit_codes(tmp_path):

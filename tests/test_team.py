@@ -18,13 +18,13 @@ import mlflow
 import pytest
 from conftest import ROOT, SCRIPTS, children, edited, parents, store, user_env
 from sklearn.linear_model import LogisticRegression
-from sklearn.svm import SVC
+from sklearn.svm import LinearSVC
 
 INITDB = shutil.which("initdb") or max(
     Path("/usr/lib/postgresql").glob("*/bin/initdb"), default=None
 )
 COMMAND = re.search(r"^mlflow server .*$", (ROOT / "README.md").read_text(), re.M).group()
-CANDIDATES = {"logistic_regression": LogisticRegression(max_iter=1000), "svm": SVC()}
+CANDIDATES = {"logistic_regression": LogisticRegression(max_iter=1000), "svm": LinearSVC()}
 SMALL_GRID = {"max_depth": [1, 3], "n_estimators": [5, 10]}
 
 
@@ -147,32 +147,44 @@ TOGETHER = """
 import sys, time
 sys.path.insert(0, sys.argv[1])
 import mlflow
-import pandas as pd
 import hyperparameter_tuning as script
-for number in range(5):
-    script.open_store(f"new-rows-{number}")
-    rows = mlflow.data.from_pandas(pd.DataFrame({"x": [number + 0.5]}), name="rows")
-    with mlflow.start_run():
-        time.sleep(1 - time.time() % 1)  # until the second is full, for all at the same time
-        script.log_rows(training=rows)
+log_inputs = mlflow.log_inputs
+def at_the_full_second(*args):
+    time.sleep(1 - time.time() % 1)  # all at the same time
+    log_inputs(*args)
+mlflow.log_inputs = at_the_full_second
+script.PARAM_GRID = {"n_estimators": [1]}
+script.EXPERIMENT = "new-rows"  # artifacts of the others are on the server of another test
+for number in range(3):
+    sys.argv = ["script", "--csv", f"new-{number}.csv", "--target", "y"]
+    script.main()
 """
 
 
 def test_new_rows_logged_by_several_at_the_same_time_are_not_refused(postgresql, tmp_path):
-    """Without the second call in log_rows most of these are: duplicate key … dataset_pk."""
+    """Without the second call of log_inputs most of these are: duplicate key … dataset_pk."""
     mlflow.set_tracking_uri(postgresql)
     mlflow.search_experiments()  # makes the tables, as a server does when it starts
-    env = user_env(MLFLOW_TRACKING_URI=postgresql)
-    command = [sys.executable, "-c", TOGETHER, str(ROOT)]
+    for number in range(3):
+        lines = "".join(f"{row + number / 10},{'ab'[row % 2]}\n" for row in range(20))
+        (tmp_path / f"new-{number}.csv").write_text(f"x,y\n{lines}")
+    env = user_env(MLFLOW_TRACKING_URI=postgresql, LOKY_MAX_CPU_COUNT="1")
     started = [
-        subprocess.Popen(command, cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, "-c", TOGETHER, str(ROOT)],
+            cwd=tmp_path,
+            env=env,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         for _ in range(4)
     ]
     ended = [(process.communicate(timeout=120)[1], process.returncode) for process in started]
-    assert ended == [("", 0)] * 4
-    for number in range(5):
-        runs = parents(f"new-rows-{number}")
-        assert [len(run.inputs.dataset_inputs) for run in runs] == [1] * 4
+    assert ended == [("", 0)] * 4, "\n".join(err for err, _ in ended)
+    names = {f"new-{number}-{kind}" for number in range(3) for kind in ("train", "test")}
+    inputs = [one.dataset.name for run in parents("new-rows") for one in run.inputs.dataset_inputs]
+    assert {name: inputs.count(name) for name in names} == dict.fromkeys(names, 4)
 
 
 def test_a_server_that_goes_away_ends_in_one_line_and_keeps_what_was_logged(tmp_path):

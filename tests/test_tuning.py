@@ -1,14 +1,14 @@
-"""Hyperparameter tuning: refinement, cost, failures, interruptions, resuming, a Dask cluster."""
+"""Hyperparameter tuning: cost, refinement, failures, interruptions, resuming, a Dask cluster."""
 
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from itertools import pairwise
 
 import mlflow
 import pytest
@@ -90,39 +90,37 @@ def assert_same_result(uninterrupted):
 
 
 @pytest.fixture(scope="module")
-def refined(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("refined")
+def searched(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("searched")
     script = edited(folder, SCRIPT, PARAM_GRID=SMALL_GRID)
-    return folder, script, run(script, "--refine", cwd=folder)
-
-
-def test_refinement_goes_on_around_the_best_and_tries_nothing_twice(refined):
-    folder, _, process = refined
+    process = run(script, cwd=folder)
     assert_success(process)
-    store(folder)
-    (search,) = parents("hyperparameter-tuning")
-    trials = children(search)
-    coarse = {n: t for n, t in trials.items() if t.data.tags["stage"] == "coarse"}
-    fine = {n: t for n, t in trials.items() if t.data.tags["stage"] == "refine"}
-    assert len(coarse) == 6 and fine and len(coarse) + len(fine) == len(trials)
-    tried = [tuple(sorted(trial.data.params.items())) for trial in trials.values()]
-    assert len(tried) == len(set(tried))
+    return folder, script, process
 
-    best = min(coarse.items(), key=lambda t: (-t[1].data.metrics["cv_accuracy"], t[0]))[1]
+
+def test_the_readme_refines_around_the_best(searched, tmp_path):
+    folder, script, _ = searched
+    for path in (script, folder / "mlflow.db"):
+        shutil.copy(path, tmp_path)
+    blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S)
+    (recipe,) = (block for block in blocks if "near = " in block)
+    (tmp_path / "refine.py").write_text(recipe)
+    assert_success(run(tmp_path / "refine.py", cwd=tmp_path))
+    store(tmp_path)
+    coarse, fine = parents("hyperparameter-tuning")
+    best = {name: int(coarse.data.params[f"best_{name}"]) for name in SMALL_GRID}
+    tried = [{k: int(v) for k, v in t.data.params.items()} for t in children(fine).values()]
+    assert best in tried and len(tried) > 1
     for name, values in SMALL_GRID.items():
-        i = values.index(int(best.data.params[name]))
+        i = values.index(best[name])
         near = values[max(i - 1, 0) : i + 2]
-        allowed = set(near) | {(low + high) // 2 for low, high in pairwise(near)}
-        assert {int(trial.data.params[name]) for trial in fine.values()} <= allowed
-    winner = min(trials.items(), key=lambda t: (-t[1].data.metrics["cv_accuracy"], t[0]))[1]
-    assert (
-        search.data.params.items()
-        >= {f"best_{k}": v for k, v in winner.data.params.items()}.items()
-    )
+        allowed = {best[name]} | {(value + best[name]) // 2 for value in near}
+        assert {trial[name] for trial in tried} == allowed
+    assert fine.data.metrics["best_cv_accuracy"] >= coarse.data.metrics["best_cv_accuracy"]
 
 
-def test_the_cheapest_within_one_standard_error_is_named(refined):
-    folder, _, process = refined
+def test_the_cheapest_within_one_standard_error_is_named(searched):
+    folder, _, process = searched
     store(folder)
     (search,) = parents("hyperparameter-tuning")
     metrics = {name: trial.data.metrics for name, trial in children(search).items()}
@@ -136,13 +134,13 @@ def test_the_cheapest_within_one_standard_error_is_named(refined):
     assert f"standard error: {cheapest}, {share:.0%} of the time" in process.stdout
 
 
-def test_the_heat_map_shows_every_combination_of_the_grid(refined):
-    folder, _, _ = refined
+def test_the_heat_map_shows_every_combination_of_the_grid(searched):
+    folder, _, _ = searched
     store(folder)
     (search,) = parents("hyperparameter-tuning")
     page = mlflow.artifacts.load_text(f"{search.info.artifact_uri}/grid.html")
-    trials = sorted((n, t) for n, t in children(search).items() if n.startswith("coarse"))
-    expected = [f"{trial.data.metrics['cv_accuracy']:.4f}" for _, trial in trials]
+    trials = sorted(children(search).items())
+    expected = [f"{trial.data.metrics['cv_accuracy']:.6f}" for _, trial in trials]
     assert "background-color" in page
     assert re.findall(r"<td[^>]*>([\d.]+)</td>", page) == expected
 
@@ -153,15 +151,15 @@ def test_a_trial_that_raises_is_a_failed_child_and_the_search_goes_on(tmp_path):
     store(tmp_path)
     (search,) = parents("hyperparameter-tuning")
     trials = children(search)
-    assert trials["coarse-0001"].info.status == "FAILED"
-    assert "max_depth" in trials["coarse-0001"].data.tags["error"]
-    assert trials["coarse-0002"].info.status == "FINISHED"
+    assert trials["trial-0001"].info.status == "FAILED"
+    assert "max_depth" in trials["trial-0001"].data.tags["error"]
+    assert trials["trial-0002"].info.status == "FINISHED"
     assert search.data.params["best_max_depth"] == "3"
 
 
 def test_all_trials_raise(tmp_path):
     script = edited(tmp_path, SCRIPT, PARAM_GRID={"max_depth": [-1, -2], "n_estimators": [5]})
-    assert_one_line(run(script, "--refine", cwd=tmp_path), "All 2 trials failed", code=1)
+    assert_one_line(run(script, cwd=tmp_path), "All 2 trials failed", code=1)
     store(tmp_path)
     (search,) = parents("hyperparameter-tuning")
     assert search.info.status == "FAILED"
@@ -206,7 +204,7 @@ def test_resume_after_a_kill(tmp_path, assert_same_result):
     (search,) = parents("hyperparameter-tuning")
     with mlflow.start_run(
         experiment_id=search.info.experiment_id,
-        run_name="coarse-0001",  # as if the kill had come while this trial was being logged
+        run_name="trial-0001",  # as if the kill had come while this trial was being logged
         tags={"mlflow.parentRunId": search.info.run_id},
     ) as half_logged:
         pass
@@ -215,8 +213,8 @@ def test_resume_after_a_kill(tmp_path, assert_same_result):
     assert_same_result(tmp_path)
 
 
-def test_what_cannot_be_resumed_ends_in_one_line(refined):
-    folder, script, _ = refined
+def test_what_cannot_be_resumed_ends_in_one_line(searched):
+    folder, script, _ = searched
     assert_one_line(run(script, "--resume", "0" * 32, cwd=folder), "0" * 32)
     store(folder)
     (search,) = parents("hyperparameter-tuning")
@@ -254,11 +252,11 @@ def test_the_best_is_found_among_more_trials_than_a_page_holds(tmp_path):
     parent = client.create_run(experiment)
     for number in range(1005):
         tags = {"mlflow.parentRunId": parent.info.run_id}
-        trial = client.create_run(experiment, tags=tags, run_name=f"coarse-{number:04}")
+        trial = client.create_run(experiment, tags=tags, run_name=f"trial-{number:04}")
         client.log_metric(trial.info.run_id, "cv_accuracy", 0.5 + (number == 0) / 4)
         client.set_terminated(trial.info.run_id)
     trials = find_trials(parent)
-    assert len(trials) == 1005 and trials["trial"].iloc[0] == "coarse-0000"
+    assert len(trials) == 1005 and trials["runName"].iloc[0] == "trial-0000"
 
 
 def free_port():
@@ -268,17 +266,19 @@ def free_port():
 
 
 def test_a_dask_cluster_does_the_same_search_and_may_lose_a_worker(tmp_path, assert_same_result):
-    script = edited(tmp_path, SCRIPT, PARAM_GRID=SLOW_GRID)
+    edited(tmp_path, SCRIPT, PARAM_GRID=SLOW_GRID)
     readme = (ROOT / "README.md").read_text().replace("8786", str(free_port()))
     scheduler, worker = re.findall(r"^(dask .*)$", readme, re.M)
-    (option,) = re.findall(r"^python hyperparameter_tuning.py (--scheduler .*)$", readme, re.M)
+    blocks = re.findall(r"^```python\n(.*?)^```$", readme, re.M | re.S)
+    (recipe,) = (block for block in blocks if "parallel_config" in block)
+    (tmp_path / "on_dask.py").write_text(recipe)
     folders = [tmp_path / name for name in ("scheduler", "worker-1", "worker-2")]
     for folder in folders:
         folder.mkdir()
     processes = [start(*scheduler.split(), cwd=folders[0])]
     try:
         processes += [start(*worker.split(), cwd=folder) for folder in folders[1:]]
-        search = start(sys.executable, script, *option.split(), cwd=tmp_path)
+        search = start(sys.executable, "on_dask.py", cwd=tmp_path)
         processes.append(search)
         wait_until(lambda: len(finished(tmp_path)) >= 3 or search.poll())
         processes[1].kill()
@@ -289,15 +289,3 @@ def test_a_dask_cluster_does_the_same_search_and_may_lose_a_worker(tmp_path, ass
             process.kill()
             process.wait()
     assert_same_result(tmp_path)
-
-
-def test_an_absent_dask_scheduler_ends_in_one_line(tmp_path):
-    address = f"tcp://127.0.0.1:{free_port()}"
-    assert_one_line(run(SCRIPT, "--scheduler", address, cwd=tmp_path, timeout=20), address)
-    assert not (tmp_path / "mlflow.db").exists()
-
-
-def test_without_dask_one_line_says_what_to_install(tmp_path):
-    (tmp_path / "dask.py").write_text("raise ModuleNotFoundError(\"No module named 'dask'\")")
-    process = run(SCRIPT, "--scheduler", "tcp://x:1", cwd=tmp_path, PYTHONPATH=str(tmp_path))
-    assert_one_line(process, "--scheduler needs Dask", "pip install distributed")
