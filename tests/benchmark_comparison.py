@@ -17,16 +17,17 @@ PIPELINE = re.search(
 # The same candidates on the same folds, candidates and folds in parallel, nothing tracked.
 BARE = f"""
 from joblib import Parallel, delayed
-from sklearn.compose import make_column_selector, make_column_transformer
+from sklearn.compose import make_column_transformer
 from sklearn.datasets import load_breast_cancer
 from sklearn.dummy import DummyClassifier
 from sklearn.ensemble import HistGradientBoostingClassifier, RandomForestClassifier
 from sklearn.impute import SimpleImputer
+from sklearn.kernel_approximation import Nystroem
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import RepeatedStratifiedKFold, cross_validate, train_test_split
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
-from sklearn.svm import SVC
+from sklearn.svm import LinearSVC
 
 {PIPELINE}
 
@@ -37,12 +38,12 @@ models = [
     RandomForestClassifier(random_state=42),
     HistGradientBoostingClassifier(random_state=42),
     LogisticRegression(max_iter=1000),
-    SVC(random_state=42),
+    make_pipeline(Nystroem(random_state=42), LinearSVC(random_state=42)),
 ]
 folds = list(RepeatedStratifiedKFold(n_splits=5, n_repeats=30, random_state=42).split(X, y))
 scoring = "accuracy"
 Parallel(n_jobs=-1)(
-    delayed(cross_validate)(with_preprocessing(model), X, y, cv=[fold], scoring=scoring)
+    delayed(cross_validate)(with_preprocessing(model, X), X, y, cv=[fold], scoring=scoring)
     for model in models
     for fold in folds
 )

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = (ROOT / "hyperparameter_tuning.py").read_text()
 PIPELINE = re.search(r"^def with_preprocessing.*?\n(?=\n\n)", SCRIPT, re.M | re.S).group()
 DATA = f"""
-from sklearn.compose import make_column_selector, make_column_transformer
+from sklearn.compose import make_column_transformer
 from sklearn.datasets import load_breast_cancer
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.impute import SimpleImputer
@@ -35,7 +35,7 @@ data = load_breast_cancer(as_frame=True)
 y = data.target.map(dict(enumerate(data.target_names)))
 X, X_test, y, y_test = train_test_split(data.data, y, test_size=0.2, stratify=y, random_state=42)
 folds = StratifiedKFold(5, shuffle=True, random_state=42)
-forest = with_preprocessing(RandomForestClassifier(random_state=42))
+forest = with_preprocessing(RandomForestClassifier(random_state=42), X)
 GRID = {{f"randomforestclassifier__{{name}}": values for name, values in GRID.items()}}
 """
 SEARCH = """
