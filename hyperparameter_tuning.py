@@ -23,10 +23,10 @@ import warnings
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from importlib.metadata import version
 from pathlib import Path
-from urllib.request import urlopen
 
 import mlflow
 import pandas as pd
+import requests
 from joblib import Parallel, delayed
 from sklearn.compose import make_column_transformer
 from sklearn.datasets import load_breast_cancer
@@ -116,7 +116,7 @@ def main():
 
     with mlflow.start_run(run_id=args.resume, run_name="grid-search") as parent:
         mlflow.log_params(plan)
-        with contextlib.suppress(mlflow.MlflowException):  # another process is just making them
+        with contextlib.suppress(mlflow.MlflowException):  # another makes them now: ask again
             mlflow.log_inputs([train, test], ["training", "testing"], [None, None])
         mlflow.log_inputs([train, test], ["training", "testing"], [None, None])
         try:
@@ -133,7 +133,7 @@ def main():
         best, best_params = found.iloc[0], trials[found["runName"].iloc[0]]
         model = with_preprocessing(RandomForestClassifier(**best_params, random_state=SEED), X)
         model_id = log_model(model.fit(X, y), X)
-        mlflow.log_params({f"best_{name}": value for name, value in best_params.items()})
+        mlflow.log_params({f"best_{name}": repr(value) for name, value in best_params.items()})
         mlflow.log_metric("best_cv_accuracy", best["cv_accuracy"], model_id=model_id, dataset=train)
         score = model.score(X_test, y_test)
         mlflow.log_metric("test_accuracy", score, model_id=model_id, dataset=test)
@@ -203,7 +203,7 @@ def with_preprocessing(model, X):
 
 
 def open_store(experiment):
-    """Select the experiment, made if it is new; return where to see it. Raises OSError."""
+    """Quieten MLflow, select the experiment or make it, return where to see it. Raises OSError."""
     logging.disable(logging.INFO)  # MLflow reports every table that it makes; warnings still show
     logging.getLogger("mlflow.store.db.utils").disabled = True  # logs what it also raises
     os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # two lines for every run
@@ -215,8 +215,8 @@ def open_store(experiment):
     lock = f"{uri.removeprefix('sqlite:///')}.lock" if uri.startswith("sqlite:///") else ":memory:"
     try:
         if uri.startswith("http"):
-            urlopen(f"{uri}/health", timeout=5).close()
-            server = uri
+            requests.get(f"{uri}/health", timeout=5)  # instead of the minutes that MLflow waits
+            server = place
         with contextlib.closing(sqlite3.connect(lock, timeout=60)) as connection:
             connection.execute("BEGIN EXCLUSIVE")  # one process makes the tables, the others wait
             mlflow.set_experiment(experiment)

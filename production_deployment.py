@@ -31,10 +31,10 @@ import warnings
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from importlib.metadata import version
 from pathlib import Path
-from urllib.request import urlopen
 
 import mlflow
 import pandas as pd
+import requests
 from sklearn.compose import make_column_transformer
 from sklearn.datasets import load_breast_cancer
 from sklearn.impute import SimpleImputer
@@ -57,18 +57,19 @@ TRUSTED = ["numpy.dtype", "sklearn.tree._tree.Tree", TREE]  # what skops does no
 
 def check_before_loading(model_uri, columns):
     """Return the model's id; raise ValueError unless it is safe to load and for these columns."""
-    info = mlflow.models.get_model_info(model_uri)
+    model_id = mlflow.models.get_model_info(model_uri).model_id
+    info = mlflow.models.get_model_info(f"models:/{model_id}")  # of what is going to be registered
     skops, loader = info.flavors.get("sklearn", {}), info.flavors.get("python_function", {})
     # MLflow trusts the types that the model itself names, and imports the loader that it names.
     if (
         skops.get("serialization_format") != "skops"
         or not set(skops.get("skops_trusted_types") or []) <= set(TRUSTED)
-        or (loader.get("loader_module"), loader.get("code")) != ("mlflow.sklearn", None)
+        or (loader.get("loader_module") != "mlflow.sklearn" or loader.keys() & {"code", "data"})
     ):
         raise ValueError(f"{model_uri} is not loaded, it could run code: log it as skops")
     if info.signature is None or info.signature.inputs.input_names() != list(columns):
         raise ValueError(f"{model_uri} has no signature with the columns of the data")
-    return info.model_id
+    return model_id
 
 
 def judge(candidate, current, X, y):
@@ -172,10 +173,10 @@ def main():
     model_id = check_before_loading(args.model_uri, X_test) if args.model_uri else None
 
     with mlflow.start_run(run_name="deployment") as run:
-        with contextlib.suppress(mlflow.MlflowException):  # another process is just making it
+        with contextlib.suppress(mlflow.MlflowException):  # another makes it now: ask again
             mlflow.log_input(test, "testing")
         mlflow.log_input(test, "testing")
-        if model_id is None:
+        if not args.model_uri:
             print("1. Train and log a model", flush=True)
             model = with_preprocessing(LogisticRegression(max_iter=1000), X)
             model_id = log_model(model.fit(X, y), X)
@@ -189,7 +190,7 @@ def main():
         current = client.get_registered_model(name).aliases.get("production")
         # By its number: another deployment may move the alias meanwhile.
         candidate = mlflow.pyfunc.load_model(f"models:/{name}/{staged.version}")
-        in_use = mlflow.pyfunc.load_model(f"models:/{name}@production") if current else None
+        in_use = mlflow.pyfunc.load_model(f"models:/{name}/{current}") if current else None
         figures = judge(candidate, in_use, X_test, y_test)
         figures = {f"gate_{check}": figure for check, figure in figures.items()}
         figures["test_accuracy"] = figures["gate_accuracy"]
@@ -215,11 +216,11 @@ def main():
         if failed:  # leaving the block by an exit marks the run FAILED
             parser.exit(1, f"Version {staged.version} is refused: {'; '.join(failed)}\n")
 
+        guide = deployment_guide(name, staged.version)
+        mlflow.log_text(guide, "deployment_guide.md")
         print("4. Promote it: the alias `production` moves in one step", flush=True)
         before = {"previous": current} if current else {}
         point(client, name, before | {"production": staged.version})
-        guide = deployment_guide(name, staged.version)
-        mlflow.log_text(guide, "deployment_guide.md")
 
     print("5. Load what is in production and predict rows of the hold-out")
     model, rows = mlflow.pyfunc.load_model(f"models:/{name}@production"), X_test.head()
@@ -274,7 +275,7 @@ def with_preprocessing(model, X):
 
 
 def open_store(experiment):
-    """Select the experiment, made if it is new; return where to see it. Raises OSError."""
+    """Quieten MLflow, select the experiment or make it, return where to see it. Raises OSError."""
     logging.disable(logging.INFO)  # MLflow reports every table that it makes; warnings still show
     logging.getLogger("mlflow.store.db.utils").disabled = True  # logs what it also raises
     os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # two lines for every run
@@ -286,8 +287,8 @@ def open_store(experiment):
     lock = f"{uri.removeprefix('sqlite:///')}.lock" if uri.startswith("sqlite:///") else ":memory:"
     try:
         if uri.startswith("http"):
-            urlopen(f"{uri}/health", timeout=5).close()
-            server = uri
+            requests.get(f"{uri}/health", timeout=5)  # instead of the minutes that MLflow waits
+            server = place
         with contextlib.closing(sqlite3.connect(lock, timeout=60)) as connection:
             connection.execute("BEGIN EXCLUSIVE")  # one process makes the tables, the others wait
             mlflow.set_experiment(experiment)

@@ -194,9 +194,12 @@ def shuffled(*args):
     for X, y, dataset in load_data(*args):
         yield X, y.sample(frac=1, random_state=7).set_axis(y.index), dataset
 script.load_data = shuffled"""
-    assert drive(tmp_path, change)[::2] == (0, "")
+    code, out, err = drive(tmp_path, change)
+    assert (code, err.count("\n")) == (1, 1) and "No candidate is better" in err
+    assert "Next:" not in out
     store(tmp_path)
     (parent,) = parents("model-comparison")
+    assert parent.info.status == "FINISHED"
     verdicts = {run.data.tags["verdict"] for run in children(parent).values()}
     assert verdicts == {"no better than the baseline"}
     assert parent.data.params["recommended_model"] == "none"

@@ -162,12 +162,31 @@ def test_a_model_that_could_run_code_is_not_loaded(tmp_path, monkeypatch):
     fine = mlflow.sklearn.log_model(model, name="model", serialization_format="skops", **options)
     loader = Path(mlflow.artifacts.download_artifacts(fine.model_uri)) / "MLmodel"
     loader.write_text(loader.read_text().replace("mlflow.sklearn\n", "this\n", 1))
+    elsewhere = mlflow.sklearn.log_model(
+        model, name="model", serialization_format="skops", **options
+    )
+    loader = Path(mlflow.artifacts.download_artifacts(elsewhere.model_uri)) / "MLmodel"
+    loader.write_text(loader.read_text().replace("model_path: ", "data: sub/x.pkl\n    model_path: "))
     mlflow.end_run()
-    for info in (pickled, trusting, fine):
+    for info in (pickled, trusting, fine, elsewhere):
         process = run(SCRIPT, "--model-uri", info.model_uri, cwd=tmp_path)
         assert_one_line(process, info.model_uri, "could run code")
         assert "1." not in process.stdout
     assert mlflow.MlflowClient().search_registered_models() == []
+
+
+def test_a_model_that_is_in_no_store_is_not_deployed(tmp_path):
+    """It has no id; nothing else may be deployed in its place."""
+    X, y = hold_out()
+    mlflow.sklearn.save_model(
+        DummyClassifier().fit(X, y),
+        tmp_path / "saved",
+        serialization_format="skops",
+        input_example=X.head(),
+        pip_requirements=["mlflow"],
+    )
+    assert_one_line(run(SCRIPT, "--model-uri", "saved", cwd=tmp_path))
+    assert store(tmp_path).search_registered_models() == []
 
 
 @pytest.mark.parametrize("uri", ["models:/m-0", "runs:/0/model", "models:/nothing@here"])
