@@ -166,7 +166,9 @@ def test_a_model_that_could_run_code_is_not_loaded(tmp_path, monkeypatch):
         model, name="model", serialization_format="skops", **options
     )
     loader = Path(mlflow.artifacts.download_artifacts(elsewhere.model_uri)) / "MLmodel"
-    loader.write_text(loader.read_text().replace("model_path: ", "data: sub/x.pkl\n    model_path: "))
+    loader.write_text(
+        loader.read_text().replace("model_path: ", "data: sub/x.pkl\n    model_path: ")
+    )
     mlflow.end_run()
     for info in (pickled, trusting, fine, elsewhere):
         process = run(SCRIPT, "--model-uri", info.model_uri, cwd=tmp_path)

@@ -144,15 +144,21 @@ def test_eight_scripts_at_once_on_a_server_lose_nothing(postgresql, tmp_path, mo
 
 
 TOGETHER = """
-import sys, time
+import os, sys, time
+from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import mlflow
 import hyperparameter_tuning as script
 log_inputs = mlflow.log_inputs
-def at_the_full_second(*args):
-    time.sleep(1 - time.time() % 1)  # all at the same time
+def at_the_same_time(*args):
+    mine = Path(f"round-{number}-{os.getpid()}")
+    if not mine.exists():  # the first call of this round: wait for the other three
+        mine.touch()
+        while len(list(Path().glob(f"round-{number}-*"))) < 4:
+            time.sleep(0.01)
+        time.sleep(0.5 - time.time() % 0.5)
     log_inputs(*args)
-mlflow.log_inputs = at_the_full_second
+mlflow.log_inputs = at_the_same_time
 script.PARAM_GRID = {"n_estimators": [1]}
 script.EXPERIMENT = "new-rows"  # artifacts of the others are on the server of another test
 for number in range(3):

@@ -194,6 +194,37 @@ def test_ctrl_c_keeps_what_has_finished_and_prints_how_to_go_on(
     assert {t.info.run_id for t in kept.values()} <= {t.info.run_id for t in again.values()}
 
 
+INTERRUPT = """
+import sys
+sys.path.insert(0, {root!r})
+import mlflow
+import hyperparameter_tuning as script
+create, left = mlflow.MlflowClient.create_run, 3
+def interrupted(*args, **kwargs):
+    global left
+    run = create(*args, **kwargs)
+    left -= 1
+    if left == 0:
+        raise KeyboardInterrupt  # the run is in the store, and nobody knows it yet
+    return run
+mlflow.MlflowClient.create_run = interrupted
+script.PARAM_GRID = {grid!r}
+if __name__ == "__main__":
+    script.main()
+"""
+
+
+def test_ctrl_c_while_a_run_is_being_made_leaves_none_running(tmp_path):
+    (tmp_path / "driver.py").write_text(INTERRUPT.format(root=str(ROOT), grid=SMALL_GRID))
+    process = run(tmp_path / "driver.py", cwd=tmp_path)
+    assert process.returncode == 130 and "to go on:" in process.stderr
+    store(tmp_path)
+    (search,) = parents("hyperparameter-tuning")
+    assert search.info.status == "KILLED"
+    states = [trial.info.status for trial in children(search).values()]
+    assert sorted(states) == ["FINISHED", "KILLED"]
+
+
 def test_resume_after_a_kill(tmp_path, assert_same_result):
     script = edited(tmp_path, SCRIPT, PARAM_GRID=SLOW_GRID)
     process = start(sys.executable, script, cwd=tmp_path, start_new_session=True)
