@@ -65,17 +65,16 @@ def run_trial(name, params, X, y):
 def log_trials(results, trials, dataset):
     """Log and print each result as it comes: a child of the active run, visible at once."""
     start, total = time.perf_counter(), len(trials)
-    with contextlib.closing(results):  # if this stops, so do the workers
-        for done, (name, metrics, error) in enumerate(results, 1):
-            with mlflow.start_run(run_name=name, nested=True):
-                mlflow.log_params(trials[name])
-                mlflow.log_metrics(metrics, dataset=dataset)
-                if error:
-                    mlflow.set_tag("error", error)
-                    mlflow.end_run("FAILED")
-            left = (time.perf_counter() - start) * (total / done - 1)
-            text = error or "accuracy {cv_accuracy:.4f} ± {cv_accuracy_std:.4f}".format(**metrics)
-            print(f"{done:3}/{total} {left:4.0f} s left {name}  {text}  {trials[name]}", flush=True)
+    for done, (name, metrics, error) in enumerate(results, 1):
+        with mlflow.start_run(run_name=name, nested=True):
+            mlflow.log_params(trials[name])
+            mlflow.log_metrics(metrics, dataset=dataset)
+            if error:
+                mlflow.set_tag("error", error)
+                mlflow.end_run("FAILED")
+        left = (time.perf_counter() - start) * (total / done - 1)
+        text = error or "accuracy {cv_accuracy:.4f} ± {cv_accuracy_std:.4f}".format(**metrics)
+        print(f"{done:3}/{total} {left:4.0f} s left {name}  {text}  {trials[name]}", flush=True)
 
 
 def find_trials(parent, status="FINISHED"):
@@ -111,10 +110,11 @@ def main():
     todo = {name: params for name, params in trials.items() if name not in set(done)}
     # The longest first: one that came last would leave the other cores idle.
     tasks = [delayed(run_trial)(name, todo[name], X, y) for name in reversed(todo)]
-    results = Parallel(n_jobs=-1, return_as="generator_unordered")(tasks)  # starts, does not wait
-    look = open_store(EXPERIMENT)  # a new one takes seconds: the workers train meanwhile
-
-    with mlflow.start_run(run_id=args.resume, run_name="grid-search") as parent:
+    with (  # the workers train while a new store is made, and stop if anything stops this
+        contextlib.closing(Parallel(n_jobs=-1, return_as="generator_unordered")(tasks)) as results,
+        contextlib.nullcontext(open_store(EXPERIMENT)) as look,
+        mlflow.start_run(run_id=args.resume, run_name="grid-search") as parent,
+    ):
         mlflow.log_params(plan)
         with contextlib.suppress(mlflow.MlflowException):  # another makes them now: ask again
             mlflow.log_inputs([train, test], ["training", "testing"], [None, None])
