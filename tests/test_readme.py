@@ -46,14 +46,14 @@ def test_the_output_shown_is_what_the_scripts_print(main_job):
         assert shapes(block) - {"", "…"} <= printed
 
 
-@pytest.mark.parametrize("number", range(len(blocks("python"))))
+# But for those that test_tuning.py runs: with a Dask cluster, and after a search.
+ALONE = [n for n, b in enumerate(blocks("python")) if not re.search("parallel_config|near = ", b)]
+
+
+@pytest.mark.parametrize("number", ALONE)
 def test_the_python_blocks_run_as_they_stand(number, tmp_path):
     for script in SCRIPTS:
         shutil.copy(ROOT / script, tmp_path)
-    if "parallel_config" in blocks("python")[number]:
-        pytest.skip("run with a Dask cluster in test_tuning.py")
-    if "near = " in blocks("python")[number]:
-        pytest.skip("run after a search in test_tuning.py")
     if "LiveModel" in blocks("python")[number]:
         assert_success(run(SCRIPTS[2], cwd=tmp_path))
     (tmp_path / "block.py").write_text(blocks("python")[number])
