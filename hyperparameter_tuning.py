@@ -65,16 +65,17 @@ def run_trial(name, params, X, y):
 def log_trials(results, trials, dataset):
     """Log and print each result as it comes: a child of the active run, visible at once."""
     start, total = time.perf_counter(), len(trials)
-    for done, (name, metrics, error) in enumerate(results, 1):
-        with mlflow.start_run(run_name=name, nested=True):
-            mlflow.log_params(trials[name])
-            mlflow.log_metrics(metrics, dataset=dataset)
-            if error:
-                mlflow.set_tag("error", error)
-                mlflow.end_run("FAILED")
-        left = (time.perf_counter() - start) * (total / done - 1)
-        text = error or "accuracy {cv_accuracy:.4f} ± {cv_accuracy_std:.4f}".format(**metrics)
-        print(f"{done:3}/{total} {left:4.0f} s left {name}  {text}  {trials[name]}", flush=True)
+    with contextlib.closing(results):  # if this stops, so do the workers
+        for done, (name, metrics, error) in enumerate(results, 1):
+            with mlflow.start_run(run_name=name, nested=True):
+                mlflow.log_params(trials[name])
+                mlflow.log_metrics(metrics, dataset=dataset)
+                if error:
+                    mlflow.set_tag("error", error)
+                    mlflow.end_run("FAILED")
+            left = (time.perf_counter() - start) * (total / done - 1)
+            text = error or "accuracy {cv_accuracy:.4f} ± {cv_accuracy_std:.4f}".format(**metrics)
+            print(f"{done:3}/{total} {left:4.0f} s left {name}  {text}  {trials[name]}", flush=True)
 
 
 def find_trials(parent, status="FINISHED"):
@@ -99,8 +100,9 @@ def main():
     trials = {f"trial-{n:04}": params for n, params in enumerate(ParameterGrid(PARAM_GRID), 1)}
     RandomForestClassifier().set_params(**trials["trial-0001"])  # raises if one is unknown
     done = []
+    if args.resume or "MLFLOW_TRACKING_URI" in os.environ:
+        open_store(EXPERIMENT)  # before the workers start: it may be unreachable
     if args.resume:
-        open_store(EXPERIMENT)
         parent = mlflow.get_run(args.resume)
         if parent.info.status == "FINISHED" or not plan.items() <= parent.data.params.items():
             raise ValueError(f"{args.resume} is not an unfinished search of this grid and rows")
@@ -110,11 +112,9 @@ def main():
     todo = {name: params for name, params in trials.items() if name not in set(done)}
     # The longest first: one that came last would leave the other cores idle.
     tasks = [delayed(run_trial)(name, todo[name], X, y) for name in reversed(todo)]
-    with (  # the workers train while a new store is made, and stop if anything stops this
-        contextlib.closing(Parallel(n_jobs=-1, return_as="generator_unordered")(tasks)) as results,
-        contextlib.nullcontext(open_store(EXPERIMENT)) as look,
-        mlflow.start_run(run_id=args.resume, run_name="grid-search") as parent,
-    ):
+    results = Parallel(n_jobs=-1, return_as="generator_unordered")(tasks)  # starts, does not wait
+    look = open_store(EXPERIMENT)  # a new one takes seconds: the workers train meanwhile
+    with mlflow.start_run(run_id=args.resume, run_name="grid-search") as parent:
         mlflow.log_params(plan)
         with contextlib.suppress(mlflow.MlflowException):  # another makes them now: ask again
             mlflow.log_inputs([train, test], ["training", "testing"], [None, None])
