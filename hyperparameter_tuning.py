@@ -27,7 +27,7 @@ from pathlib import Path
 import mlflow
 import pandas as pd
 import requests
-from joblib import Parallel, delayed
+from joblib import Parallel, delayed, parallel_config
 from sklearn.compose import make_column_transformer
 from sklearn.datasets import load_breast_cancer
 from sklearn.ensemble import RandomForestClassifier
@@ -53,7 +53,8 @@ def run_trial(name, params, X, y):
     folds = StratifiedKFold(FOLDS, shuffle=True, random_state=SEED)
     model = with_preprocessing(RandomForestClassifier(**params, random_state=SEED), X)
     try:
-        scores = cross_validate(model, X, y, cv=folds, scoring="accuracy", error_score="raise")
+        with parallel_config("sequential"):  # the trials are parallel, nothing within them
+            scores = cross_validate(model, X, y, cv=folds, scoring="accuracy", error_score="raise")
     except Exception as error:  # one bad combination must not end the search
         return name, {}, f"{type(error).__name__}: {error}"
     accuracy, seconds = scores["test_score"], scores["fit_time"].mean()  # for one of the fits
@@ -110,8 +111,7 @@ def main():
             mlflow.delete_run(run_id)  # it was cut short
         done = find_trials(parent).get("runName", [])
     todo = {name: params for name, params in trials.items() if name not in set(done)}
-    # The longest first: one that came last would leave the other cores idle.
-    tasks = [delayed(run_trial)(name, todo[name], X, y) for name in reversed(todo)]
+    tasks = [delayed(run_trial)(name, todo[name], X, y) for name in reversed(todo)]  # long first
     results = Parallel(n_jobs=-1, return_as="generator_unordered")(tasks)  # starts, does not wait
     look = open_store(EXPERIMENT)  # a new one takes seconds: the workers train meanwhile
     with mlflow.start_run(run_id=args.resume, run_name="grid-search") as parent:

@@ -94,10 +94,17 @@ def judge(candidate, current, X, y):
     }
 
 
+def set_alias(client, name, alias, number):
+    """Point the alias to the version; once more if another deployment makes it at this moment."""
+    with contextlib.suppress(mlflow.MlflowException):
+        return client.set_registered_model_alias(name, alias, number)
+    return client.set_registered_model_alias(name, alias, number)
+
+
 def point(client, name, aliases):
     """Point the aliases ({alias: version}) in this order, then the legacy stage to production."""
     for alias, number in aliases.items():
-        client.set_registered_model_alias(name, alias, number)
+        set_alias(client, name, alias, number)
     with warnings.catch_warnings():
         # Stages are deprecated since MLflow 2.9 in favour of aliases. This one is set for those
         # who still load models:/NAME/Production; leave it out if nobody does.
@@ -184,7 +191,7 @@ def main():
         print("2. Register it and give it the alias `staging`", flush=True)
         with contextlib.redirect_stderr(sys.stdout):  # MLflow reports success on stderr
             staged = mlflow.register_model(f"models:/{model_id}", name)
-        client.set_registered_model_alias(name, "staging", staged.version)
+        set_alias(client, name, "staging", staged.version)
 
         print("3. Load what is staged and judge it on the hold-out")
         current = client.get_registered_model(name).aliases.get("production")
