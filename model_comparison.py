@@ -290,7 +290,7 @@ def open_store(experiment):
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")  # its own 7 take four minutes
     uri = mlflow.get_tracking_uri()
     place = re.sub("(//[^:/]*):[^@/]*@", r"\1:PASSWORD@", uri)
-    server = f"mlflow ui --backend-store-uri {place}, then http://127.0.0.1:5000"
+    server = f"mlflow ui --backend-store-uri {place}  then open  http://127.0.0.1:5000"
     lock = f"{uri.removeprefix('sqlite:///')}.lock" if uri.startswith("sqlite:///") else ":memory:"
     try:
         if uri.startswith("http"):

@@ -232,7 +232,7 @@ def main():
     print("5. Load what is in production and predict rows of the hold-out")
     model, rows = mlflow.pyfunc.load_model(f"models:/{name}@production"), X_test.head()
     table = rows.iloc[:, :3].assign(actual=y_test, predicted=model.predict(rows))
-    print(table.to_string(index=False), guide, f"Look:  {look}", sep="\n\n")
+    print(table.to_string(index=False), f"{guide}\nLook:  {look}", sep="\n\n")
     own_data = ["--csv", args.csv, "--target", args.target] if args.csv else []
     print("Undo: ", shlex.join(["python", sys.argv[0], "--rollback", *own_data]))
 
@@ -290,7 +290,7 @@ def open_store(experiment):
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")  # its own 7 take four minutes
     uri = mlflow.get_tracking_uri()
     place = re.sub("(//[^:/]*):[^@/]*@", r"\1:PASSWORD@", uri)
-    server = f"mlflow ui --backend-store-uri {place}, then http://127.0.0.1:5000"
+    server = f"mlflow ui --backend-store-uri {place}  then open  http://127.0.0.1:5000"
     lock = f"{uri.removeprefix('sqlite:///')}.lock" if uri.startswith("sqlite:///") else ":memory:"
     try:
         if uri.startswith("http"):

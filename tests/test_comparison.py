@@ -24,6 +24,7 @@ from conftest import (
 from scipy.stats import t as student_t
 from sklearn.base import clone
 from sklearn.datasets import load_breast_cancer
+from sklearn.dummy import DummyClassifier
 from sklearn.metrics import accuracy_score, f1_score, precision_score, recall_score
 from sklearn.model_selection import RepeatedStratifiedKFold, cross_val_score, train_test_split
 
@@ -123,8 +124,8 @@ def reference_holm(p):
     return corrected
 
 
-def test_p_values_can_be_recomputed_from_the_stored_folds(sessions):
-    for parent, _ in sessions:
+def test_p_values_can_be_recomputed_from_the_stored_folds(sessions, parts):
+    for parent, printed in sessions:
         folds, runs = csv(parent, "folds.csv"), children(parent)
         best = parent.data.params["best_model"]
         assert len(folds) == 150
@@ -137,6 +138,11 @@ def test_p_values_can_be_recomputed_from_the_stored_folds(sessions):
         assert parent.data.metrics["baseline_cv_accuracy"] == pytest.approx(
             folds["baseline"].mean()
         )
+        shown = f"cv_accuracy {parent.data.metrics['baseline_cv_accuracy']:.4f}\n"
+        assert f"always the most frequent class: {shown}" in printed
+    splits = RepeatedStratifiedKFold(n_splits=5, n_repeats=30, random_state=42)
+    expected = cross_val_score(DummyClassifier(), parts[0], parts[2], cv=splits)
+    assert np.allclose(expected, csv(sessions[0][0], "folds.csv")["baseline"], atol=1e-9)
 
 
 def test_the_printed_lines_load_the_winner_in_a_fresh_process(main_job, sessions):

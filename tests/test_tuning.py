@@ -132,6 +132,10 @@ def test_the_cheapest_within_one_standard_error_is_named(searched):
     cheapest = min(close, key=lambda name: close[name]["fit_seconds"])
     share = metrics[cheapest]["fit_seconds"] / best["fit_seconds"]
     assert f"standard error: {cheapest}, {share:.0%} of the time" in process.stdout
+    compute = 5 * sum(m["fit_seconds"] for m in metrics.values())  # five folds a trial
+    wall = search.data.metrics["search_seconds"]
+    assert f"Cost: {compute:.0f} s of fitting in {wall:.0f} s\n" in process.stdout
+    assert 0 < (search.info.end_time - search.info.start_time) / 1000 < wall + 3
 
 
 def test_the_heat_map_shows_every_combination_of_the_grid(searched):
