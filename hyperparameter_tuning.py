@@ -40,7 +40,7 @@ EXPERIMENT = "hyperparameter-tuning"
 SEED = 42  # of the split, the folds and the forests
 TEST_SIZE = 0.2  # share of the rows that no trial sees
 FOLDS = 5
-PARAM_GRID = {  # from cheap to costly: of equals the first wins, the last start first, else cores idle
+PARAM_GRID = {  # cheap to costly: of equals the first wins, the last start first, else cores idle
     "max_depth": [1, 3, 9],
     "max_features": [0.1, 0.3, 0.9],  # share of the features that each split chooses from
     "n_estimators": [20, 100, 300],
