@@ -159,9 +159,6 @@ def main():
 
 
 # The rest is the same in all three scripts: rows, preprocessing, store, model, errors.
-PACKAGES = ["mlflow", "scikit-learn", "skops", "pandas", "numpy", "scipy"]  # that the model needs
-
-
 def load_data(csv=None, target="diagnosis"):
     """Yield features, labels and MLflow's data set: of the training part, then of the hold-out.
 
@@ -193,13 +190,11 @@ def load_data(csv=None, target="diagnosis"):
 def with_preprocessing(model, X):
     """Return a pipeline that takes raw rows like X: it fills gaps, scales numbers, encodes text."""
     numbers = make_pipeline(SimpleImputer(keep_empty_features=True), StandardScaler())
-    text = make_pipeline(
-        SimpleImputer(strategy="constant"),  # a gap in a table, then one in a request
-        SimpleImputer(strategy="constant", missing_values=None),
-        OneHotEncoder(handle_unknown="ignore", max_categories=20, sparse_output=False),
-    )
-    columns = (numbers, list(X.select_dtypes("number")))
-    return make_pipeline(make_column_transformer(columns, remainder=text), model)
+    gaps = [SimpleImputer(strategy="constant", missing_values=gap) for gap in (float("nan"), None)]
+    words = OneHotEncoder(handle_unknown="ignore", max_categories=20, sparse_output=False)
+    numeric = (numbers, list(X.select_dtypes("number")))
+    columns = make_column_transformer(numeric, remainder=make_pipeline(*gaps, words))
+    return make_pipeline(columns, model)
 
 
 def open_store(experiment):
@@ -211,23 +206,24 @@ def open_store(experiment):
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")  # its own 7 take four minutes
     uri = mlflow.get_tracking_uri()
     place = re.sub("(//[^:/]*):[^@/]*@", r"\1:PASSWORD@", uri)
-    server = f"mlflow ui --backend-store-uri {place}  then open  http://127.0.0.1:5000"
     lock = f"{uri.removeprefix('sqlite:///')}.lock" if uri.startswith("sqlite:///") else ":memory:"
     try:
         if uri.startswith("http"):
             requests.get(f"{uri}/health", timeout=5)  # instead of the minutes that MLflow waits
-            server = place
         with contextlib.closing(sqlite3.connect(lock, timeout=60)) as connection:
             connection.execute("BEGIN EXCLUSIVE")  # one process makes the tables, the others wait
             mlflow.set_experiment(experiment)
         number = mlflow.set_experiment(experiment).experiment_id  # if another process has made it
     except Exception as error:  # of the network, the file system or the database
         raise OSError(f"start, unlock or free the store {place}: {error}") from None
-    return f"{server}/#/experiments/{number}/runs?workflowType=machine_learning"
+    ui = f"mlflow ui --backend-store-uri {place}  then open  http://127.0.0.1:5000"
+    ui = place if uri.startswith("http") else ui
+    return f"{ui}/#/experiments/{number}/runs?workflowType=machine_learning"
 
 
 def log_model(model, X):
     """Log the fitted model to the active run, ready to be served; return its id."""
+    packages = ["mlflow", "scikit-learn", "skops", "pandas", "numpy", "scipy"]
     return mlflow.sklearn.log_model(
         model,
         name="model",
@@ -235,7 +231,7 @@ def log_model(model, X):
         skops_trusted_types=TRUSTED,
         signature=mlflow.models.infer_signature(X, model.predict(X)),
         input_example=X.head(),
-        pip_requirements=[f"{package}=={version(package)}" for package in PACKAGES],
+        pip_requirements=[f"{package}=={version(package)}" for package in packages],
     ).model_id
 
 

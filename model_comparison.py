@@ -29,7 +29,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import mlflow
-import numpy as np
 import pandas as pd
 import requests
 from matplotlib.figure import Figure
@@ -93,9 +92,9 @@ def serving_cost(model_id, X):
         single = timeit.repeat(lambda: model.predict(X.head(1)), number=1, repeat=70)[10:]
         whole = timeit.repeat(lambda: model.predict(batch), number=1, repeat=3)
     return {
-        "latency_ms_p50": np.percentile(single, 50) * 1000,
-        "latency_ms_p95": np.percentile(single, 95) * 1000,
-        "rows_per_second": len(batch) / np.median(whole),
+        "latency_ms_p50": pd.Series(single).quantile(0.50) * 1000,
+        "latency_ms_p95": pd.Series(single).quantile(0.95) * 1000,
+        "rows_per_second": len(batch) / pd.Series(whole).median(),
         "model_size_bytes": model.metadata.model_size_bytes,
     }
 
@@ -107,14 +106,14 @@ def log_candidate(name, model, parts, comparison):
     model = with_preprocessing(model, X)
     folds = score_folds(model, X, y)
     model_id = log_model(model.fit(X, y), X)
+    mlflow.set_logged_model_tags(model_id, {"candidate": name, "comparison": comparison})
     # Rounded, so that equal scores are equal: the last bits depend on the order of the sum.
-    metrics = {f"cv_{key}": round(folds[key].mean(), 12) for key in METRICS}
-    metrics |= {f"cv_{key}_std": round(folds[key].std(ddof=0), 12) for key in METRICS}
+    metrics = folds[METRICS].mean().round(12).add_prefix("cv_").to_dict()
+    metrics["cv_accuracy_std"] = folds["accuracy"].std(ddof=0)
     metrics["fit_seconds"] = folds["fit_time"].mean()
     mlflow.log_metrics(metrics, model_id=model_id, dataset=train)
     metrics = score(model, X_test, y_test) | serving_cost(model_id, X_test)
     mlflow.log_metrics(metrics, model_id=model_id, dataset=test)
-    mlflow.set_logged_model_tags(model_id, {"candidate": name, "comparison": comparison})
     return folds["accuracy"]
 
 
@@ -127,17 +126,17 @@ def p_values(scores, reference):
     """
     differences, n = scores.sub(reference, axis=0), len(scores)
     t = differences.mean() / (differences.var() * (1 / n + 1 / (FOLDS - 1))) ** 0.5
-    p = pd.Series(2 * stats.t.sf(t.fillna(0).abs(), n - 1), t.index).sort_values()
-    return (p * np.arange(len(p), 0, -1)).cummax().clip(upper=1)
+    p = pd.Series(2 * stats.t.sf(t.abs(), n - 1), t.index).dropna().sort_values()
+    p = (p * [*range(len(p), 0, -1)]).cummax().clip(upper=1)
+    return p.reindex(scores.columns, fill_value=1.0)  # of the reference itself
 
 
-def draw(runs, accuracy, y, predicted):
+def draw(runs, scores, baseline, y, predicted):
     """Return a figure: the folds' accuracies, accuracy against latency, a confusion matrix."""
     figure = Figure(figsize=(16, 4.5), layout="constrained")
     spread, trade, confusion = figure.subplots(1, 3)
-    accuracy[runs["runName"]].boxplot(ax=spread, rot=15)
-    spread.axhline(accuracy["baseline"].mean(), linestyle="--", color="gray")
-    spread.set_title(f"Accuracy on {len(accuracy)} folds (dashed: baseline)")
+    scores[runs["runName"]].boxplot(ax=spread, rot=15).set_title("Accuracy (dashed: baseline)")
+    spread.axhline(baseline.mean(), linestyle="--", color="gray")
     for _, run in runs.iterrows():
         point = run["latency_ms_p50"], run["cv_accuracy"], run["cv_accuracy_std"]
         trade.errorbar(*point, fmt="o", capsize=4, alpha=0.8, label=run["runName"])
@@ -157,29 +156,26 @@ def main():
     parts = (X, y, train), (X_test, y_test, test) = tuple(load_data(args.csv, args.target))
     look = open_store(EXPERIMENT)
     if args.tuned:
-        search = mlflow.get_run(args.tuned)
-        if search.info.status != "FINISHED" or search.data.params.get("rows") != train.digest:
+        found = mlflow.get_run(args.tuned).data.params
+        best = {k[5:]: ast.literal_eval(v) for k, v in found.items() if k.startswith("best_")}
+        if not best or found.get("rows") != train.digest:
             raise ValueError(f"{args.tuned} is not a finished search on these rows")
-        best = {k: v for k, v in search.data.params.items() if k.startswith("best_")}
-        best = {name.removeprefix("best_"): ast.literal_eval(v) for name, v in best.items()}
         candidates["tuned_forest"] = RandomForestClassifier(**best, random_state=SEED)
 
     with mlflow.start_run(run_name="comparison") as parent:
         with contextlib.suppress(mlflow.MlflowException):  # another makes them now: ask again
             mlflow.log_inputs([train, test], ["training", "testing"], [None, None])
         mlflow.log_inputs([train, test], ["training", "testing"], [None, None])
-        accuracy = {"baseline": score_folds(DummyClassifier(), X, y)["accuracy"]}
+        baseline, scores = score_folds(DummyClassifier(), X, y)["accuracy"], {}
         for number, (name, model) in enumerate(candidates.items(), 1):
             print(f"{number}/{len(candidates)}  {name}", flush=True)
-            run = mlflow.start_run(run_name=name, nested=True)
-            try:
-                with run:
-                    accuracy[name] = log_candidate(name, model, parts, parent.info.run_id)
-            except Exception as error:  # MLflow has marked the run FAILED; the others go on
-                mlflow.MlflowClient().set_tag(run.info.run_id, "verdict", f"FAILED: {error!r}")
-        accuracy = pd.DataFrame(accuracy)
-        baseline, scores = accuracy["baseline"], accuracy.drop(columns="baseline")
-        if scores.empty:  # leaving the block by an exit marks the parent FAILED
+            with mlflow.start_run(run_name=name, nested=True):
+                try:
+                    scores[name] = log_candidate(name, model, parts, parent.info.run_id)
+                except Exception as error:  # the others go on
+                    mlflow.set_tag("verdict", f"FAILED: {error!r}")
+                    mlflow.end_run("FAILED")
+        if not scores:  # leaving the block by an exit marks the parent FAILED
             parser.exit(1, "Every candidate failed; the tag `verdict` of its run says why\n")
 
         query = {  # for models, not runs: what is logged with model_id and dataset belongs to them
@@ -189,12 +185,11 @@ def main():
             "output_format": "list",
         }
         models = mlflow.search_logged_models(**query)
-        best = models[0].tags["candidate"]
-        vs_best = p_values(scores.drop(columns=best), scores[best])
-        vs_baseline = p_values(scores, baseline)
+        best, scores = models[0].tags["candidate"], pd.DataFrame(scores)
+        vs_best, vs_baseline = p_values(scores, scores[best]), p_values(scores, baseline)
         for model in models:
             name, run_id = model.tags["candidate"], model.source_run_id
-            p = {"p_vs_best": vs_best.get(name, 1.0), "p_vs_baseline": vs_baseline[name]}
+            p = {"p_vs_best": vs_best[name], "p_vs_baseline": vs_baseline[name]}
             verdict = "not told from the best" if p["p_vs_best"] >= ALPHA else "worse than the best"
             if p["p_vs_baseline"] >= ALPHA or scores[name].mean() <= baseline.mean():
                 verdict = "no better than the baseline"
@@ -209,12 +204,12 @@ def main():
         fast = good[good["latency_ms_p50"] <= NOISE * good["latency_ms_p50"].min()]
         recommended = fast["runName"].iloc[0] if len(fast) else "none"
         mlflow.log_params({"best_model": best, "recommended_model": recommended})
-        mlflow.log_metric("best_cv_accuracy", round(scores[best].mean(), 12), dataset=train)
+        mlflow.log_metric("best_cv_accuracy", runs["cv_accuracy"].max(), dataset=train)
         mlflow.log_metric("baseline_cv_accuracy", baseline.mean(), dataset=train)
         predicted = mlflow.pyfunc.load_model(models[0].model_uri).predict(X_test)
-        figure = draw(runs[runs["status"] == "FINISHED"], accuracy, y_test, predicted)
+        figure = draw(runs[runs["status"] == "FINISHED"], scores, baseline, y_test, predicted)
         mlflow.log_figure(figure, "comparison.png")
-        mlflow.log_text(accuracy.to_csv(index_label="fold"), "folds.csv")
+        mlflow.log_text(scores.assign(baseline=baseline).to_csv(index_label="fold"), "folds.csv")
         table = runs.set_index("runName")[COLUMNS]
         mlflow.log_text(table.to_csv(), "comparison.csv")
         style = {"float_format": lambda x: f"{x:.{4 if x < 1000 else 0}f}", "max_colwidth": 27}
@@ -222,25 +217,19 @@ def main():
         text += f"\n\nBaseline, always the most frequent class: cv_accuracy {baseline.mean():.4f}"
         mlflow.set_tag("mlflow.note.content", f"```\n{text}\n```")
 
-    print(f"\n{text}\n")
-    print(f"Best model, by its cross-validated accuracy: {best}")
+    print(f"\n{text}\n\nBest model, by its cross-validated accuracy: {best}")
     print(f"Recommended, the fastest not told from it: {recommended}")
     print("Load the best, in any process with the same tracking URI, after `import mlflow`:")
-    arguments = ", ".join(f"{key}={value!r}" for key, value in query.items())
-    print(f"  best = mlflow.search_logged_models({arguments})[0]")
+    print(f"  best = mlflow.search_logged_models(**{query})[0]")
     print(f"  model = mlflow.pyfunc.load_model(best.model_uri)\n\nLook:  {look}")
     if recommended == "none":
         parser.exit(1, "No candidate is better than the baseline: there is nothing to deploy\n")
     own_data = ["--csv", args.csv, "--target", args.target] if args.csv else []
     script = str(Path(sys.argv[0]).with_name("production_deployment.py"))
-    command = ["python", script, "--model-uri", models[0].model_uri, *own_data]
-    print("Next: ", shlex.join(command))
+    print("Next: ", shlex.join(["python", script, "--model-uri", models[0].model_uri, *own_data]))
 
 
 # The rest is the same in all three scripts: rows, preprocessing, store, model, errors.
-PACKAGES = ["mlflow", "scikit-learn", "skops", "pandas", "numpy", "scipy"]  # that the model needs
-
-
 def load_data(csv=None, target="diagnosis"):
     """Yield features, labels and MLflow's data set: of the training part, then of the hold-out.
 
@@ -272,13 +261,11 @@ def load_data(csv=None, target="diagnosis"):
 def with_preprocessing(model, X):
     """Return a pipeline that takes raw rows like X: it fills gaps, scales numbers, encodes text."""
     numbers = make_pipeline(SimpleImputer(keep_empty_features=True), StandardScaler())
-    text = make_pipeline(
-        SimpleImputer(strategy="constant"),  # a gap in a table, then one in a request
-        SimpleImputer(strategy="constant", missing_values=None),
-        OneHotEncoder(handle_unknown="ignore", max_categories=20, sparse_output=False),
-    )
-    columns = (numbers, list(X.select_dtypes("number")))
-    return make_pipeline(make_column_transformer(columns, remainder=text), model)
+    gaps = [SimpleImputer(strategy="constant", missing_values=gap) for gap in (float("nan"), None)]
+    words = OneHotEncoder(handle_unknown="ignore", max_categories=20, sparse_output=False)
+    numeric = (numbers, list(X.select_dtypes("number")))
+    columns = make_column_transformer(numeric, remainder=make_pipeline(*gaps, words))
+    return make_pipeline(columns, model)
 
 
 def open_store(experiment):
@@ -290,23 +277,24 @@ def open_store(experiment):
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")  # its own 7 take four minutes
     uri = mlflow.get_tracking_uri()
     place = re.sub("(//[^:/]*):[^@/]*@", r"\1:PASSWORD@", uri)
-    server = f"mlflow ui --backend-store-uri {place}  then open  http://127.0.0.1:5000"
     lock = f"{uri.removeprefix('sqlite:///')}.lock" if uri.startswith("sqlite:///") else ":memory:"
     try:
         if uri.startswith("http"):
             requests.get(f"{uri}/health", timeout=5)  # instead of the minutes that MLflow waits
-            server = place
         with contextlib.closing(sqlite3.connect(lock, timeout=60)) as connection:
             connection.execute("BEGIN EXCLUSIVE")  # one process makes the tables, the others wait
             mlflow.set_experiment(experiment)
         number = mlflow.set_experiment(experiment).experiment_id  # if another process has made it
     except Exception as error:  # of the network, the file system or the database
         raise OSError(f"start, unlock or free the store {place}: {error}") from None
-    return f"{server}/#/experiments/{number}/runs?workflowType=machine_learning"
+    ui = f"mlflow ui --backend-store-uri {place}  then open  http://127.0.0.1:5000"
+    ui = place if uri.startswith("http") else ui
+    return f"{ui}/#/experiments/{number}/runs?workflowType=machine_learning"
 
 
 def log_model(model, X):
     """Log the fitted model to the active run, ready to be served; return its id."""
+    packages = ["mlflow", "scikit-learn", "skops", "pandas", "numpy", "scipy"]
     return mlflow.sklearn.log_model(
         model,
         name="model",
@@ -314,7 +302,7 @@ def log_model(model, X):
         skops_trusted_types=TRUSTED,
         signature=mlflow.models.infer_signature(X, model.predict(X)),
         input_example=X.head(),
-        pip_requirements=[f"{package}=={version(package)}" for package in PACKAGES],
+        pip_requirements=[f"{package}=={version(package)}" for package in packages],
     ).model_id
 
 

@@ -1,18 +1,15 @@
 """Take a model to production with MLflow: register, stage, check, promote, load, predict, undo.
 
 A scaled logistic regression is trained on scikit-learn's breast cancer data and registered (with
---model-uri: any logged scikit-learn model). The new version gets the alias `staging`, is loaded
-from there and has to pass a gate on rows that it has not seen; only then does the alias
-`production` move to it. Whatever fails on the way, production stays a version that has passed.
+--model-uri: any logged scikit-learn model). The new version gets the alias `staging`, is loaded and
+has to pass a gate on rows that it has not seen; only then does the alias `production` move to it.
 
 It leaves this in the store (sqlite:///mlflow.db, or MLFLOW_TRACKING_URI where that is set):
 
     experiment production-deployment
-    └── deployment          gate_* figures, test_accuracy, deployment_guide.md; the model `model`
-                            if it was trained here; FAILED if the gate refused
+    └── deployment          the gate's figures, deployment_guide.md; `model` if it was trained here
     registered model breast-cancer-classifier
-    └── version 1, 2, …     one more a run, tagged with what it is, from where and how good;
-                            aliases staging, production and previous; legacy stage Production
+    └── version 1, 2, …     tagged with source, rows and gate; aliases staging, production, previous
 
 Exit code 0: promoted, or rolled back. 1: refused by the gate. 2: bad input, or a store that fails.
 """
@@ -23,7 +20,6 @@ import os
 import re
 import shlex
 import sqlite3
-import statistics
 import sys
 import time
 import timeit
@@ -35,11 +31,11 @@ from pathlib import Path
 import mlflow
 import pandas as pd
 import requests
+from mlflow.models import EvaluationResult, MetricThreshold
 from sklearn.compose import make_column_transformer
 from sklearn.datasets import load_breast_cancer
 from sklearn.impute import SimpleImputer
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import accuracy_score
 from sklearn.model_selection import train_test_split
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
@@ -48,9 +44,13 @@ EXPERIMENT = "production-deployment"
 SEED = 42  # of the split
 TEST_SIZE = 0.2  # share of the rows that the gate judges on
 FOLDS = 5  # of tuning and comparison: a class with fewer rows is refused
-# The gate: figures on the hold-out; a version that misses one is not promoted.
-AT_LEAST = {"accuracy": 0.93, "answers_its_example": 1, "refuses_a_missing_column": 1}
-AT_MOST = {"accuracy_lost": 0.02, "latency_ms": 50}  # against production; for one row, median
+GATE = {  # figures on the hold-out; a version that misses one of the limits is not promoted
+    "accuracy": MetricThreshold(threshold=0.93, greater_is_better=True),
+    "accuracy_lost": MetricThreshold(threshold=0.02, greater_is_better=False),  # to production
+    "latency_ms": MetricThreshold(threshold=50, greater_is_better=False),  # for one row, median
+    "answers_its_example": MetricThreshold(threshold=1, greater_is_better=True),
+    "refuses_a_missing_column": MetricThreshold(threshold=1, greater_is_better=True),
+}
 TREE = "sklearn.ensemble._hist_gradient_boosting.predictor.TreePredictor"
 TRUSTED = ["numpy.dtype", "sklearn.tree._tree.Tree", TREE]  # what skops does not know: no code
 
@@ -61,11 +61,9 @@ def check_before_loading(model_uri, columns):
     info = mlflow.models.get_model_info(f"models:/{model_id}")  # of what is going to be registered
     skops, loader = info.flavors.get("sklearn", {}), info.flavors.get("python_function", {})
     # MLflow trusts the types that the model itself names, and imports the loader that it names.
-    if (
-        skops.get("serialization_format") != "skops"
-        or not set(skops.get("skops_trusted_types") or []) <= set(TRUSTED)
-        or (loader.get("loader_module") != "mlflow.sklearn" or loader.keys() & {"code", "data"})
-    ):
+    safe = skops.get("serialization_format") == "skops" and not loader.keys() & {"code", "data"}
+    safe = safe and set(skops.get("skops_trusted_types") or []) <= set(TRUSTED)
+    if not safe or loader.get("loader_module") != "mlflow.sklearn":
         raise ValueError(f"{model_uri} is not loaded, it could run code: log it as skops")
     if info.signature is None or info.signature.inputs.input_names() != list(columns):
         raise ValueError(f"{model_uri} has no signature with the columns of the data")
@@ -73,54 +71,40 @@ def check_before_loading(model_uri, columns):
 
 
 def judge(candidate, current, X, y):
-    """Return the figures of a loaded model that the gate limits: see AT_LEAST and AT_MOST.
-
-    `current` is the model in production, or None. MLflow's validate_evaluation_results is not used:
-    it can ask for a gain over a baseline, but cannot allow a small loss.
-    """
-    accuracy, example = accuracy_score(y, candidate.predict(X)), candidate.input_example
+    """Return the figures of GATE for a loaded model; current: that in production, or None."""
+    accuracy, example = (candidate.predict(X) == y).mean(), candidate.input_example
     seconds = timeit.repeat(lambda: candidate.predict(X.head(1)), number=1, repeat=50)
-    refuses = False
-    try:
-        candidate.predict(X.drop(columns=X.columns[0]))
-    except (mlflow.MlflowException, ValueError):  # of the signature, or scikit-learn's
-        refuses = True
-    return {
+    figures = {
         "accuracy": accuracy,
-        "accuracy_lost": accuracy_score(y, current.predict(X)) - accuracy if current else 0.0,
-        "latency_ms": statistics.median(seconds) * 1000,
+        "accuracy_lost": (current.predict(X) == y).mean() - accuracy if current else 0.0,
+        "latency_ms": pd.Series(seconds).median() * 1000,
         "answers_its_example": float(example is not None and len(candidate.predict(example)) > 0),
-        "refuses_a_missing_column": float(refuses),
+        "refuses_a_missing_column": 1.0,
     }
-
-
-def set_alias(client, name, alias, number):
-    """Point the alias to the version; once more if another deployment makes it at this moment."""
-    with contextlib.suppress(mlflow.MlflowException):
-        return client.set_registered_model_alias(name, alias, number)
-    return client.set_registered_model_alias(name, alias, number)
+    with contextlib.suppress(mlflow.MlflowException, ValueError):  # MLflow's, or scikit-learn's
+        candidate.predict(X.drop(columns=X.columns[0]))
+        figures["refuses_a_missing_column"] = 0.0
+    return figures
 
 
 def point(client, name, aliases):
-    """Point the aliases ({alias: version}) in this order, then the legacy stage to production."""
+    """Point the aliases ({alias: version}) in this order; the legacy stage follows production."""
     for alias, number in aliases.items():
-        set_alias(client, name, alias, number)
-    with warnings.catch_warnings():
-        # Stages are deprecated since MLflow 2.9 in favour of aliases. This one is set for those
-        # who still load models:/NAME/Production; leave it out if nobody does.
-        warnings.simplefilter("ignore", FutureWarning)
-        client.transition_model_version_stage(
-            name, aliases["production"], "Production", archive_existing_versions=True
-        )
+        try:
+            client.set_registered_model_alias(name, alias, number)
+        except mlflow.MlflowException:  # another deployment has just made it: now it can be moved
+            client.set_registered_model_alias(name, alias, number)
+    if "production" in aliases:
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):
+            # Stages are deprecated since MLflow 2.9 in favour of aliases. This one is set for those
+            # who still load models:/NAME/Production; leave it out if nobody does.
+            client.transition_model_version_stage(
+                name, aliases["production"], "Production", archive_existing_versions=True
+            )
 
 
-def deployment_guide(name, number):
-    """Return how to deploy this version, as Markdown: indented lines are commands for a shell."""
-    store = re.sub(r"(//[^:/]*):[^@/]*@", r"\1:PASSWORD@", mlflow.get_tracking_uri())
-    uri = f"models:/{name}@production"
-    return f"""# Deploy {name} version {number}
-Every mlflow command reads the model from the store that this names:
-
+# Indented lines are commands for a shell; `production` is looked up when they are run.
+GUIDE = """# Deploy {name} version {number} from this store
     export MLFLOW_TRACKING_URI={store}
 ## REST API
     mlflow models serve --model-uri {uri} --env-manager local --host 127.0.0.1 --port 5001
@@ -129,9 +113,8 @@ the example request that is stored with the model, raw rows of the data, and sen
 
     mlflow artifacts download --artifact-uri {uri}/serving_input_example.json --dst-path request
     curl --fail http://127.0.0.1:5001/invocations --header 'Content-Type: application/json' --data @request/serving_input_example.json
-Ctrl-C stops it. It listens to this machine only: put a proxy with TLS and a login before it when
-others are to reach it. It looks at the alias once: restart it after a promotion, or hold the
-model as README.md shows under "Swap without downtime".
+It listens to this machine only: for others put a proxy with TLS and a login before it. Ctrl-C stops
+it; restart it after a promotion, or see "Swap without downtime" in README.md.
 ## Batch
     mlflow models predict --model-uri {uri} --env-manager local --content-type json --input-path request/serving_input_example.json --output-path predictions.json
 ## Docker (needs a Docker engine; https://docs.docker.com/reference/cli/docker)
@@ -162,9 +145,9 @@ def main():
     parser.add_argument("--csv", metavar="FILE", help="learn from this table instead")
     parser.add_argument("--target", default="diagnosis", help="its column that holds the classes")
     parser.add_argument("--model-uri", help="deploy this logged model: models:/m-… or runs:/…")
-    parser.add_argument("--rollback", action="store_true", help="put `previous` into production")
-    floor = AT_LEAST["accuracy"]
+    floor = GATE["accuracy"].threshold
     parser.add_argument("--min-accuracy", type=float, default=floor, help=f"instead of {floor}")
+    parser.add_argument("--rollback", action="store_true", help="put `previous` into production")
     args = parser.parse_args()
     (X, y, train), (X_test, y_test, test) = load_data(args.csv, args.target)
     name = f"{train.name.removesuffix('-train')}-classifier"
@@ -177,7 +160,7 @@ def main():
         point(client, name, {"production": previous, "previous": current})
         print(f"Rolled {name} back from version {current} to version {previous}")
         return
-    model_id = check_before_loading(args.model_uri, X_test) if args.model_uri else None
+    model_id = check_before_loading(args.model_uri, X) if args.model_uri else None
 
     with mlflow.start_run(run_name="deployment") as run:
         with contextlib.suppress(mlflow.MlflowException):  # another makes it now: ask again
@@ -187,50 +170,48 @@ def main():
             print("1. Train and log a model", flush=True)
             model = with_preprocessing(LogisticRegression(max_iter=1000), X)
             model_id = log_model(model.fit(X, y), X)
-
         print("2. Register it and give it the alias `staging`", flush=True)
         with contextlib.redirect_stderr(sys.stdout):  # MLflow reports success on stderr
             staged = mlflow.register_model(f"models:/{model_id}", name)
-        set_alias(client, name, "staging", staged.version)
-
+        point(client, name, {"staging": staged.version})
         print("3. Load what is staged and judge it on the hold-out")
         current = client.get_registered_model(name).aliases.get("production")
-        # By its number: another deployment may move the alias meanwhile.
+        # By their numbers: another deployment may move the aliases meanwhile.
         candidate = mlflow.pyfunc.load_model(f"models:/{name}/{staged.version}")
         in_use = mlflow.pyfunc.load_model(f"models:/{name}/{current}") if current else None
         figures = judge(candidate, in_use, X_test, y_test)
-        figures = {f"gate_{check}": figure for check, figure in figures.items()}
-        figures["test_accuracy"] = figures["gate_accuracy"]
         mlflow.log_metrics(figures, model_id=model_id, dataset=test)
-        metrics, failed = client.get_run(run.info.run_id).data.metrics, []
-        for check, limit in (AT_LEAST | {"accuracy": args.min_accuracy} | AT_MOST).items():
-            figure, least = metrics[f"gate_{check}"], check in AT_LEAST
-            line = f"{check} {figure:.4f}, at {'least' if least else 'most'} {limit}"
-            passed = figure >= limit if least else figure <= limit
-            failed += [] if passed else [line]
-            print(f"   {'passed' if passed else 'FAILED'}  {line}")
-        tags = {
+        figures = client.get_run(run.info.run_id).data.metrics
+        least = MetricThreshold(threshold=args.min_accuracy, greater_is_better=True)
+        gate, status = GATE | {"accuracy": least}, "passed"
+        for check, limit in gate.items():
+            side = "at least" if limit.greater_is_better else "at most"
+            print(f"   {check} {figures[check]:.4f}, {side} {limit.threshold}")
+        try:
+            mlflow.validate_evaluation_results(gate, EvaluationResult(figures, {}))
+        except mlflow.MlflowException as error:  # each limit that is missed, in a line
+            status = " ".join(["failed:", *str(error).splitlines()])
+        tags = figures | {
             "source_run": staged.run_id,
             "judged_on": f"{test.name}, digest {test.digest}",
             "judged_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "judged_by": run.data.tags["mlflow.user"],
-            "test_accuracy": metrics["test_accuracy"],
-            "validation_failures": "; ".join(failed) or "none",
-            "validation_status": "failed" if failed else "passed",
+            "validation_status": status,
         }
         for key, value in tags.items():
             client.set_model_version_tag(name, staged.version, key, value)
-        if failed:  # leaving the block by an exit marks the run FAILED
-            parser.exit(1, f"Version {staged.version} is refused: {'; '.join(failed)}\n")
-
-        guide = deployment_guide(name, staged.version)
+        if status != "passed":  # leaving the block by an exit marks the run FAILED
+            parser.exit(1, f"Version {staged.version} is refused, it {status}\n")
+        store = re.sub(r"(//[^:/]*):[^@/]*@", r"\1:PASSWORD@", mlflow.get_tracking_uri())
+        uri = f"models:/{name}@production"
+        guide = GUIDE.format(name=name, number=staged.version, store=store, uri=uri)
         mlflow.log_text(guide, "deployment_guide.md")
         print("4. Promote it: the alias `production` moves in one step", flush=True)
         before = {"previous": current} if current else {}
         point(client, name, before | {"production": staged.version})
 
     print("5. Load what is in production and predict rows of the hold-out")
-    model, rows = mlflow.pyfunc.load_model(f"models:/{name}@production"), X_test.head()
+    model, rows = mlflow.pyfunc.load_model(uri), X_test.head()
     table = rows.iloc[:, :3].assign(actual=y_test, predicted=model.predict(rows))
     print(table.to_string(index=False), f"{guide}\nLook:  {look}", sep="\n\n")
     own_data = ["--csv", args.csv, "--target", args.target] if args.csv else []
@@ -238,9 +219,6 @@ def main():
 
 
 # The rest is the same in all three scripts: rows, preprocessing, store, model, errors.
-PACKAGES = ["mlflow", "scikit-learn", "skops", "pandas", "numpy", "scipy"]  # that the model needs
-
-
 def load_data(csv=None, target="diagnosis"):
     """Yield features, labels and MLflow's data set: of the training part, then of the hold-out.
 
@@ -272,13 +250,11 @@ def load_data(csv=None, target="diagnosis"):
 def with_preprocessing(model, X):
     """Return a pipeline that takes raw rows like X: it fills gaps, scales numbers, encodes text."""
     numbers = make_pipeline(SimpleImputer(keep_empty_features=True), StandardScaler())
-    text = make_pipeline(
-        SimpleImputer(strategy="constant"),  # a gap in a table, then one in a request
-        SimpleImputer(strategy="constant", missing_values=None),
-        OneHotEncoder(handle_unknown="ignore", max_categories=20, sparse_output=False),
-    )
-    columns = (numbers, list(X.select_dtypes("number")))
-    return make_pipeline(make_column_transformer(columns, remainder=text), model)
+    gaps = [SimpleImputer(strategy="constant", missing_values=gap) for gap in (float("nan"), None)]
+    words = OneHotEncoder(handle_unknown="ignore", max_categories=20, sparse_output=False)
+    numeric = (numbers, list(X.select_dtypes("number")))
+    columns = make_column_transformer(numeric, remainder=make_pipeline(*gaps, words))
+    return make_pipeline(columns, model)
 
 
 def open_store(experiment):
@@ -290,23 +266,24 @@ def open_store(experiment):
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")  # its own 7 take four minutes
     uri = mlflow.get_tracking_uri()
     place = re.sub("(//[^:/]*):[^@/]*@", r"\1:PASSWORD@", uri)
-    server = f"mlflow ui --backend-store-uri {place}  then open  http://127.0.0.1:5000"
     lock = f"{uri.removeprefix('sqlite:///')}.lock" if uri.startswith("sqlite:///") else ":memory:"
     try:
         if uri.startswith("http"):
             requests.get(f"{uri}/health", timeout=5)  # instead of the minutes that MLflow waits
-            server = place
         with contextlib.closing(sqlite3.connect(lock, timeout=60)) as connection:
             connection.execute("BEGIN EXCLUSIVE")  # one process makes the tables, the others wait
             mlflow.set_experiment(experiment)
         number = mlflow.set_experiment(experiment).experiment_id  # if another process has made it
     except Exception as error:  # of the network, the file system or the database
         raise OSError(f"start, unlock or free the store {place}: {error}") from None
-    return f"{server}/#/experiments/{number}/runs?workflowType=machine_learning"
+    ui = f"mlflow ui --backend-store-uri {place}  then open  http://127.0.0.1:5000"
+    ui = place if uri.startswith("http") else ui
+    return f"{ui}/#/experiments/{number}/runs?workflowType=machine_learning"
 
 
 def log_model(model, X):
     """Log the fitted model to the active run, ready to be served; return its id."""
+    packages = ["mlflow", "scikit-learn", "skops", "pandas", "numpy", "scipy"]
     return mlflow.sklearn.log_model(
         model,
         name="model",
@@ -314,7 +291,7 @@ def log_model(model, X):
         skops_trusted_types=TRUSTED,
         signature=mlflow.models.infer_signature(X, model.predict(X)),
         input_example=X.head(),
-        pip_requirements=[f"{package}=={version(package)}" for package in PACKAGES],
+        pip_requirements=[f"{package}=={version(package)}" for package in packages],
     ).model_id
 
 

@@ -1,6 +1,8 @@
 """The main job: three scripts in an empty folder, twice; is what they print and leave true?"""
 
+import ast
 import contextlib
+import io
 import re
 import shutil
 import socket
@@ -8,6 +10,7 @@ import sqlite3
 import subprocess
 import sys
 from pathlib import Path
+from tokenize import COMMENT, DEDENT, ENCODING, ENDMARKER, INDENT, NEWLINE, NL, tokenize
 
 import mlflow
 import pytest
@@ -288,7 +291,7 @@ def test_a_model_found_elsewhere_takes_the_same_way(main_job, rows, tmp_path):
         tags = client.get_model_version(NAME, str(number)).tags
         assert tags["source_run"] == candidates[candidate].info.run_id
         linked = mlflow.get_logged_model(candidates[candidate].outputs.model_outputs[0].model_id)
-        assert {"gate_accuracy", "cv_accuracy"} <= {metric.key for metric in linked.metrics}
+        assert {"accuracy_lost", "cv_accuracy"} <= {metric.key for metric in linked.metrics}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -362,6 +365,17 @@ def test_a_locked_store_ends_in_one_line(tmp_path):
     assert_one_line(process, "unlock", "sqlite:///", "mlflow.db", "database is locked")
 
 
+def lines_of_code(text):
+    """Return how many lines are neither blank nor comment nor docstring."""
+    layout = {COMMENT, DEDENT, ENCODING, ENDMARKER, INDENT, NEWLINE, NL}
+    tokens = [t for t in tokenize(io.BytesIO(text.encode()).readline) if t.type not in layout]
+    lines = {line for t in tokens for line in range(t.start[0], t.end[0] + 1)}
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Module | ast.FunctionDef) and ast.get_docstring(node):
+            lines -= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    return len(lines)
+
+
 def test_the_scripts_share_conventions_and_nothing_else():
     """Each script stands alone; what they have in common is the same to the letter."""
     texts = [(ROOT / script).read_text() for script in SCRIPTS]
@@ -372,7 +386,8 @@ def test_the_scripts_share_conventions_and_nothing_else():
     for setting in ("SEED = 42", "TEST_SIZE = 0.2", "FOLDS = 5"):
         assert all(f"\n{setting}" in text for text in texts), setting
     names = {script.removesuffix(".py") for script in SCRIPTS}
-    assert shared.count("\n") <= 92, "it is read once, for all three"
-    for text, most in zip(texts, (250, 329, 329), strict=True):
+    assert shared.count("\n") <= 86, "it is read once, for all three"
+    for text, most in zip(texts, (246, 317, 306), strict=True):
         assert text.count("\n") <= most, "a script is to be read in ten minutes"
+        assert lines_of_code(text) <= 250, "a script is to be read in ten minutes"
         assert not names & set(re.findall(r"^(?:import|from) (\w+)", text, re.M))

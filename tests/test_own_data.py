@@ -13,6 +13,7 @@ import pytest
 from conftest import (
     ROOT,
     SCRIPTS,
+    Code,
     assert_one_line,
     assert_success,
     children,
@@ -179,12 +180,6 @@ def test_what_is_no_search_of_these_rows_is_not_compared(main_job):
     assert len(parents("model-comparison")) == before
 
 
-class Code(str):
-    """Stands in a setting as it is."""
-
-    __repr__ = str.__str__
-
-
 def test_the_support_vector_machine_scales_to_many_rows(tmp_path):
     rng = np.random.default_rng(0)
     table = pd.DataFrame(rng.normal(size=(12_600, 3)), columns=list("abc"))
@@ -216,7 +211,8 @@ def test_the_ci_recipe_goes_by_exit_codes(tmp_path):
     process = job()
     assert_success(process)
     assert "is in production." in process.stdout
-    edited(tmp_path, SCRIPTS[2], AT_LEAST={"accuracy": 0.999})
+    floor = "MetricThreshold(threshold=0.999, greater_is_better=True)"
+    edited(tmp_path, SCRIPTS[2], GATE=Code(f'{{"accuracy": {floor}}}'))
     process = job()
     assert_one_line(process, "Version 2 is refused", code=1)
     assert "production stays as it was." in process.stdout
