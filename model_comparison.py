@@ -156,10 +156,10 @@ def main():
     parts = (X, y, train), (X_test, y_test, test) = tuple(load_data(args.csv, args.target))
     look = open_store(EXPERIMENT)
     if args.tuned:
-        found = mlflow.get_run(args.tuned).data.params
-        best = {k[5:]: ast.literal_eval(v) for k, v in found.items() if k.startswith("best_")}
-        if not best or found.get("rows") != train.digest:
+        run = mlflow.get_run(args.tuned)
+        if run.info.status != "FINISHED" or run.data.params.get("rows") != train.digest:
             raise ValueError(f"{args.tuned} is not a finished search on these rows")
+        best = {k[5:]: ast.literal_eval(v) for k, v in run.data.params.items() if k[:5] == "best_"}
         candidates["tuned_forest"] = RandomForestClassifier(**best, random_state=SEED)
 
     with mlflow.start_run(run_name="comparison") as parent:

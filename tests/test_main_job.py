@@ -386,7 +386,7 @@ def test_the_scripts_share_conventions_and_nothing_else():
     for setting in ("SEED = 42", "TEST_SIZE = 0.2", "FOLDS = 5"):
         assert all(f"\n{setting}" in text for text in texts), setting
     names = {script.removesuffix(".py") for script in SCRIPTS}
-    assert shared.count("\n") <= 86, "it is read once, for all three"
+    assert shared.count("\n") <= 87, "it is read once, for all three"
     for text, most in zip(texts, (246, 317, 306), strict=True):
         assert text.count("\n") <= most, "a script is to be read in ten minutes"
         assert lines_of_code(text) <= 250, "a script is to be read in ten minutes"
