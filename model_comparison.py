@@ -155,7 +155,7 @@ def main():
     args, candidates = parser.parse_args(), CANDIDATES.copy()
     parts = (X, y, train), (X_test, y_test, test) = tuple(load_data(args.csv, args.target))
     look = open_store(EXPERIMENT)
-    if args.tuned:
+    if args.tuned is not None:
         run = mlflow.get_run(args.tuned)
         if run.info.status != "FINISHED" or run.data.params.get("rows") != train.digest:
             raise ValueError(f"{args.tuned} is not a finished search on these rows")
@@ -237,20 +237,20 @@ def load_data(csv=None, target="diagnosis"):
     """
     demo = load_breast_cancer(as_frame=True)
     table = demo.data.assign(diagnosis=demo.target_names[demo.target])
-    table = pd.read_csv(csv, low_memory=False) if csv else table
+    table = table if csv is None else pd.read_csv(csv, low_memory=False)
     name = "-".join(re.findall("[a-z0-9]+", Path(csv or "breast-cancer").stem.lower())) or "table"
-    if target not in table:
-        raise ValueError(f"no column {target!r} in {name}, only {', '.join(map(repr, table))}")
+    if target not in table or len(table.columns) < 2:
+        raise ValueError(f"{name} needs {target!r} and more, but has {', '.join(map(repr, table))}")
     labels = table.pop(target).dropna().convert_dtypes().astype(str)  # in spite of gaps 1, not 1.0
     print(f"{name}: {len(labels)} of {len(table)} rows have a {target!r}", flush=True)
     least, count = int(FOLDS / (1 - TEST_SIZE)) + 1, labels.value_counts().tail().to_dict()
     if len(count) < 2 or min(count.values()) < least:
         raise ValueError(f"{target!r} needs 2 or more classes of {least} or more rows, has {count}")
-    numbers = table.convert_dtypes().select_dtypes(["number", "boolean"])
-    table = table.astype(dict.fromkeys(numbers, "float64"))  # which can hold a gap
+    table = table.apply(lambda column: column.astype("float64", errors="ignore"))  # text stays
     for column in table.select_dtypes(exclude="number"):
         if table[column].dropna().str.match(r"\d{1,4}[-/.]\d{1,2}[-/.]\d{1,4}").all():
             raise ValueError(f"column {column!r} holds dates: turn them into numbers, such as days")
+    with_preprocessing("passthrough", table).fit(table)  # raises if a number is infinite
     table = table.loc[labels.index].assign(**{target: labels})
     parts = train_test_split(table, test_size=TEST_SIZE, stratify=labels, random_state=SEED)
     for part, kind in zip(parts, ("train", "test"), strict=True):

@@ -194,7 +194,7 @@ def test_a_model_that_is_in_no_store_is_not_deployed(tmp_path):
     assert store(tmp_path).search_registered_models() == []
 
 
-@pytest.mark.parametrize("uri", ["models:/m-0", "runs:/0/model", "models:/nothing@here"])
+@pytest.mark.parametrize("uri", ["models:/m-0", "runs:/0/model", "models:/nothing@here", ""])
 def test_an_unknown_model_ends_in_one_line(uri, tmp_path):
     assert_one_line(run(SCRIPT, "--model-uri", uri, cwd=tmp_path))
     client = store(tmp_path)

@@ -105,14 +105,14 @@ def test_the_line_that_chains_the_three_on_the_default_data(tmp_path):
 
 def test_the_line_that_chains_the_three_on_a_csv(tmp_path):
     table = odd_table()
-    table.to_csv(tmp_path / "Kunden 2026.csv", index=False)
+    table.assign(large=10**20).to_csv(tmp_path / "Kunden 2026.csv", index=False)
     process = chain(tmp_path, "--csv", "'Kunden 2026.csv'", "--target", f"'{TARGET}'")
     assert process.returncode == 0, process.stderr
     assert f"kunden-2026: 294 of 300 rows have a '{TARGET}'" in process.stdout
     model = check_chain(tmp_path, "kunden-2026")
 
     # The model that is served takes raw rows: with gaps, and with text that it has never seen.
-    raw = table.dropna(subset=[TARGET]).head(20)
+    raw = table.assign(large=1e20).dropna(subset=[TARGET]).head(20)
     raw.loc[raw.index[3], "farbe"] = "violett"
     request = raw.drop(columns=TARGET).to_json(orient="split", index=False)
     (tmp_path / "raw.json").write_text(f'{{"dataframe_split": {request}}}')
@@ -144,7 +144,9 @@ UNUSABLE = {
     "empty": ("", "y", "No columns"),
     "not a table": ("y\n1\n1,2\n", "y", "Expected 1 fields in line 3"),
     "not text": (b"\x89PNG", "y", "can't decode"),
-    "unknown target": (ROWS, "z", "no column 'z' in table, only 'x', 'y'"),
+    "unknown target": (ROWS, "z", "table needs 'z' and more, but has 'x', 'y'"),
+    "no features": ({"y": ["a", "b"] * 30}, "y", "table needs 'y' and more, but has 'y'"),
+    "infinite": (ROWS | {"x": [np.inf, *range(59)]}, "y", "contains infinity"),
     "one class": (ROWS | {"y": "a"}, "y", "'y' needs 2 or more classes"),
     "a rare class": (ROWS | {"y": ["a"] * 55 + ["b"] * 5}, "y", "7 or more rows"),
     "a continuous target": (ROWS, "x", "'x' needs 2 or more classes"),
