@@ -137,6 +137,8 @@ def main():
         mlflow.log_metric("best_cv_accuracy", best["cv_accuracy"], model_id=model_id, dataset=train)
         score = model.score(X_test, y_test)
         mlflow.log_metric("test_accuracy", score, model_id=model_id, dataset=test)
+        constant = y_test.value_counts(normalize=True).max()
+        mlflow.log_metric("baseline_test_accuracy", constant, dataset=test)
         mlflow.log_metric("search_seconds", time.perf_counter() - start)
         *down, across = PARAM_GRID
         grid = found.sort_values("runName").pivot_table("cv_accuracy", down, across, sort=False)
@@ -151,6 +153,7 @@ def main():
     print(f"\nThe five best of {len(found)} trials, by their mean accuracy over {FOLDS} folds:")
     print(found[columns].head().to_string(index=False, float_format="{:.4f}".format))
     print(f"\nBest parameters:   {best_params}\nHold-out accuracy: {metrics['test_accuracy']:.4f}")
+    print(f"Baseline, always the most frequent class: {metrics['baseline_test_accuracy']:.4f}")
     print(f"Cheapest within one standard error: {cheap['runName']}, {share:.0%} of the time to fit")
     print(f"Cost: {compute:.0f} s of fitting in {metrics['search_seconds']:.0f} s\n\nLook:  {look}")
     own_data = ["--csv", args.csv, "--target", args.target] if args.csv else []

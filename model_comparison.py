@@ -212,18 +212,18 @@ def main():
         mlflow.log_text(scores.assign(baseline=baseline).to_csv(index_label="fold"), "folds.csv")
         table = runs.set_index("runName")[COLUMNS]
         mlflow.log_text(table.to_csv(), "comparison.csv")
-        style = {"float_format": lambda x: f"{x:.{4 if x < 1000 else 0}f}", "max_colwidth": 27}
+        style = {"float_format": lambda x: f"{x:.{4 if x < 1000 else 0}f}", "max_colwidth": 30}
         text = table.T.to_string(index_names=False, **style)
         text += f"\n\nBaseline, always the most frequent class: cv_accuracy {baseline.mean():.4f}"
         mlflow.set_tag("mlflow.note.content", f"```\n{text}\n```")
 
     print(f"\n{text}\n\nBest model, by its cross-validated accuracy: {best}")
-    print(f"Recommended, the fastest not told from it: {recommended}")
+    print(f"Recommended, the fastest that cannot be told from the best: {recommended}")
     print("Load the best, in any process with the same tracking URI, after `import mlflow`:")
     print(f"  best = mlflow.search_logged_models(**{query})[0]")
     print(f"  model = mlflow.pyfunc.load_model(best.model_uri)\n\nLook:  {look}")
     if recommended == "none":
-        parser.exit(1, "No candidate is better than the baseline: there is nothing to deploy\n")
+        parser.exit(1, "No candidate is shown to be better than the baseline: deploy none\n")
     own_data = ["--csv", args.csv, "--target", args.target] if args.csv else []
     script = str(Path(sys.argv[0]).with_name("production_deployment.py"))
     print("Next: ", shlex.join(["python", script, "--model-uri", models[0].model_uri, *own_data]))

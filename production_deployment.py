@@ -46,6 +46,7 @@ TEST_SIZE = 0.2  # share of the rows that the gate judges on
 FOLDS = 5  # of tuning and comparison: a class with fewer rows is refused
 GATE = {  # figures on the hold-out; a version that misses one of the limits is not promoted
     "accuracy": MetricThreshold(threshold=0.93, greater_is_better=True),
+    "accuracy_gained": MetricThreshold(threshold=0.01, greater_is_better=True),  # on a constant
     "accuracy_lost": MetricThreshold(threshold=0.02, greater_is_better=False),  # to production
     "latency_ms": MetricThreshold(threshold=50, greater_is_better=False),  # for one row, median
     "answers_its_example": MetricThreshold(threshold=1, greater_is_better=True),
@@ -76,6 +77,7 @@ def judge(candidate, current, X, y):
     seconds = timeit.repeat(lambda: candidate.predict(X.head(1)), number=1, repeat=50)
     figures = {
         "accuracy": accuracy,
+        "accuracy_gained": accuracy - y.value_counts(normalize=True).max(),
         "accuracy_lost": (current.predict(X) == y).mean() - accuracy if current else 0.0,
         "latency_ms": pd.Series(seconds).median() * 1000,
         "answers_its_example": float(example is not None and len(candidate.predict(example)) > 0),
@@ -97,10 +99,9 @@ def point(client, name, aliases):
     if "production" in aliases:
         with warnings.catch_warnings(action="ignore", category=FutureWarning):
             # Stages are deprecated since MLflow 2.9 in favour of aliases. This one is set for those
-            # who still load models:/NAME/Production; leave it out if nobody does.
-            client.transition_model_version_stage(
-                name, aliases["production"], "Production", archive_existing_versions=True
-            )
+            # who still load models:/NAME/Production; leave it out if nobody does. True: archive the
+            # version that had it.
+            client.transition_model_version_stage(name, aliases["production"], "Production", True)
 
 
 # Indented lines are commands for a shell; `production` is looked up when they are run.
@@ -108,8 +109,7 @@ GUIDE = """# Deploy {name} version {number} from this store
     export MLFLOW_TRACKING_URI={store}
 ## REST API
     mlflow models serve --model-uri {uri} --env-manager local --host 127.0.0.1 --port 5001
-When `curl http://127.0.0.1:5001/ping` answers, do this in a second shell (export as above): fetch
-the example request that is stored with the model, raw rows of the data, and send it.
+When `curl http://127.0.0.1:5001/ping` answers, export in a second shell too, and send the example:
 
     mlflow artifacts download --artifact-uri {uri}/serving_input_example.json --dst-path request
     curl --fail http://127.0.0.1:5001/invocations --header 'Content-Type: application/json' --data @request/serving_input_example.json
@@ -201,7 +201,7 @@ def main():
         for key, value in tags.items():
             client.set_model_version_tag(name, staged.version, key, value)
         if status != "passed":  # leaving the block by an exit marks the run FAILED
-            parser.exit(1, f"Version {staged.version} is refused, it {status}\n")
+            parser.exit(1, f"Version {staged.version} is refused, validation {status}\n")
         store = re.sub(r"(//[^:/]*):[^@/]*@", r"\1:PASSWORD@", mlflow.get_tracking_uri())
         uri = f"models:/{name}@production"
         guide = GUIDE.format(name=name, number=staged.version, store=store, uri=uri)
@@ -215,7 +215,8 @@ def main():
     table = rows.iloc[:, :3].assign(actual=y_test, predicted=model.predict(rows))
     print(table.to_string(index=False), f"{guide}\nLook:  {look}", sep="\n\n")
     own_data = ["--csv", args.csv, "--target", args.target] if args.csv else []
-    print("Undo: ", shlex.join(["python", sys.argv[0], "--rollback", *own_data]))
+    if current:
+        print("Undo: ", shlex.join(["python", sys.argv[0], "--rollback", *own_data]))
 
 
 # The rest is the same in all three scripts: rows, preprocessing, store, model, errors.

@@ -201,7 +201,7 @@ def shuffled(*args):
         yield X, y.sample(frac=1, random_state=7).set_axis(y.index), dataset
 script.load_data = shuffled"""
     code, out, err = drive(tmp_path, change)
-    assert (code, err.count("\n")) == (1, 1) and "No candidate is better" in err
+    assert (code, err.count("\n")) == (1, 1) and "No candidate is shown to be better" in err
     assert "Next:" not in out
     store(tmp_path)
     (parent,) = parents("model-comparison")

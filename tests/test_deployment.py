@@ -116,12 +116,16 @@ def test_the_accuracy_lost_is_against_the_model_in_production(deployed, monkeypa
     lost = (current.predict(X) == y).mean() - (candidate.predict(X) == y).mean()
     figures = judge(candidate, current, X, y)
     assert lost < -0.1 and figures["accuracy_lost"] == pytest.approx(lost, abs=1e-9)
+    gained = (candidate.predict(X) == y).mean() - (y == "benign").mean()
+    assert figures["accuracy_gained"] == pytest.approx(gained, abs=1e-9)
 
 
 def test_roll_back_and_back_again(deployed):
     folder, client = deployed
     assert_one_line(run(SCRIPT, "--rollback", cwd=folder), NAME, "no previous version")
-    assert_success(run(SCRIPT, cwd=folder))
+    process = run(SCRIPT, cwd=folder)
+    assert_success(process)
+    assert "Undo:  python " in process.stdout
     assert aliases(client) == {"production": "2", "previous": "1", "staging": "2"}
     for old, new in (("2", "1"), ("1", "2")):
         process = run(SCRIPT, "--rollback", cwd=folder)
@@ -270,8 +274,8 @@ def test_killed_between_any_two_steps_production_stays_whole(tmp_path):
                 assert version.tags["validation_status"] == "passed"
                 model = mlflow.pyfunc.load_model(f"models:/{NAME}@production")
                 model.predict(hold_out()[0])
-    # Registered, version, staging, ten tags, previous once there is one, production, stage.
-    assert 14 <= step <= 18 and outcomes[0] is None
+    # Registered, version, staging, eleven tags, previous once there is one, production, stage.
+    assert 15 <= step <= 19 and outcomes[0] is None
     newest = max(int(number) for number in stages(client))
     assert aliases(client)["production"] == str(newest)
     assert stages(client)[str(newest)] == "Production"

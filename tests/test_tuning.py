@@ -105,9 +105,14 @@ def test_the_readme_refines_around_the_best(searched, tmp_path):
     blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S)
     (recipe,) = (block for block in blocks if "near = " in block)
     (tmp_path / "refine.py").write_text(recipe)
+    client = store(tmp_path)
+    (coarse,) = parents("hyperparameter-tuning")
+    other = client.create_run(coarse.info.experiment_id).info.run_id  # newer, of other rows
+    for key, value in {**coarse.data.params, "rows": "other", "best_max_depth": "999"}.items():
+        client.log_param(other, key, value)
+    client.set_terminated(other)
     assert_success(run(tmp_path / "refine.py", cwd=tmp_path))
-    store(tmp_path)
-    coarse, fine = parents("hyperparameter-tuning")
+    coarse, _, fine = parents("hyperparameter-tuning")
     best = {name: int(coarse.data.params[f"best_{name}"]) for name in SMALL_GRID}
     tried = [{k: int(v) for k, v in t.data.params.items()} for t in children(fine).values()]
     assert best in tried and len(tried) > 1
