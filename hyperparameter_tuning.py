@@ -180,7 +180,7 @@ def load_data(csv=None, target="diagnosis"):
         raise ValueError(f"{target!r} needs 2 or more classes of {least} or more rows, has {count}")
     table = table.apply(lambda column: column.astype("float64", errors="ignore"))  # text stays
     for column in table.select_dtypes(exclude="number"):
-        if table[column].dropna().str.match(r"\d{1,4}[-/.]\d{1,2}[-/.]\d{1,4}").all():
+        if table[column].dropna().str.match(r"\d{1,4}[-/.]\d\d?[-/.]\d{1,4}\b(?!\.)").all():
             raise ValueError(f"column {column!r} holds dates: turn them into numbers, such as days")
     with_preprocessing("passthrough", table).fit(table)  # raises if a number is infinite
     table = table.loc[labels.index].assign(**{target: labels})
@@ -193,6 +193,7 @@ def load_data(csv=None, target="diagnosis"):
 def with_preprocessing(model, X):
     """Return a pipeline that takes raw rows like X: it fills gaps, scales numbers, encodes text."""
     numbers = make_pipeline(SimpleImputer(keep_empty_features=True), StandardScaler())
+    # A gap in a table is nan, in a request None: both become a word of their own.
     gaps = [SimpleImputer(strategy="constant", missing_values=gap) for gap in (float("nan"), None)]
     words = OneHotEncoder(handle_unknown="ignore", max_categories=20, sparse_output=False)
     numeric = (numbers, list(X.select_dtypes("number")))

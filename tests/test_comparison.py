@@ -225,6 +225,40 @@ def test_a_candidate_that_raises_is_a_failed_child_and_a_row(tmp_path):
     assert printed_table(out)["broken"]["verdict"].startswith("FAILED: ")
 
 
+def test_the_best_may_fail_at_the_end(tmp_path):
+    change = f"""{FEW}
+import mlflow
+del script.CANDIDATES["random_forest"], script.CANDIDATES["gradient_boosting"]
+cost = script.serving_cost
+def failing(*args):
+    if mlflow.active_run().info.run_name == "logistic_regression":
+        raise RuntimeError("late")
+    return cost(*args)
+script.serving_cost = failing"""
+    code, out, err = drive(tmp_path, change)
+    assert (code, err) == (0, "")
+    store(tmp_path)
+    (parent,) = parents("model-comparison")
+    states = {name: run.info.status for name, run in children(parent).items()}
+    assert states == {"logistic_regression": "FAILED", "svm": "FINISHED"}
+    assert "late" in printed_table(out)["logistic_regression"]["verdict"]
+    svm = children(parent)["svm"].data.metrics["cv_accuracy"]
+    assert parent.data.params["best_model"] == "svm"
+    assert parent.data.metrics["best_cv_accuracy"] == svm
+
+
+def test_one_that_is_always_like_the_best_counts_as_a_test(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from model_comparison import p_values
+
+    rng = np.random.default_rng(0)
+    best = pd.Series(rng.normal(0.9, 0.01, 20))
+    others = pd.DataFrame({"twin": best, "worse": best - rng.normal(0.01, 0.01, 20)})
+    expected = min(1, 2 * reference_p(best, others["worse"]))
+    p = p_values(others, best)
+    assert p["twin"] == 1.0 and p["worse"] == pytest.approx(expected)
+
+
 def test_all_candidates_failing_is_exit_code_1(tmp_path):
     code, _, err = drive(tmp_path, f"{FEW}\nscript.CANDIDATES = {{'broken': SVC(C=-1)}}")
     assert code == 1

@@ -133,10 +133,14 @@ def test_roll_back_and_back_again(deployed):
         assert f"from version {old} to version {new}" in process.stdout
         assert aliases(client) == {"production": new, "previous": old, "staging": "2"}
         assert stages(client) == {new: "Production", old: "Archived"}
+    client.delete_registered_model_alias(NAME, "production")
+    before = aliases(client)
+    assert_one_line(run(SCRIPT, "--rollback", cwd=folder), NAME, "no previous version")
+    assert aliases(client) == before
 
 
 def test_roll_back_of_nothing_ends_in_one_line(tmp_path):
-    assert_one_line(run(SCRIPT, "--rollback", cwd=tmp_path), NAME, "not found")
+    assert_one_line(run(SCRIPT, "--rollback", cwd=tmp_path), NAME, "no previous version")
 
 
 class Trap:
@@ -209,16 +213,50 @@ def test_a_model_for_other_columns_ends_in_one_line(tmp_path, monkeypatch):
     store(tmp_path)
     monkeypatch.chdir(tmp_path)
     X, y = hold_out()
-    X = X.iloc[:, :5]
+    for rows, answer in ((X.iloc[:, :5], "predict"), (X, "predict_proba")):
+        info = mlflow.sklearn.log_model(
+            DummyClassifier().fit(rows, y),
+            name="model",
+            serialization_format="skops",
+            input_example=rows.head(),
+            pip_requirements=["mlflow"],
+            pyfunc_predict_fn=answer,
+        )
+        mlflow.end_run()
+        process = run(SCRIPT, "--model-uri", info.model_uri, cwd=tmp_path)
+        assert_one_line(process, info.model_uri, "does not predict classes from the columns")
+    assert mlflow.MlflowClient().search_registered_models() == []
+
+
+def test_a_table_with_other_columns_leaves_production_and_registry_alone(tmp_path):
+    table = pd.DataFrame({"a": range(60), "b": range(60), "y": ["no"] * 30 + ["yes"] * 30})
+    own = ("--csv", "table.csv", "--target", "y")
+    table.to_csv(tmp_path / "table.csv", index=False)
+    assert_success(run(SCRIPT, *own, cwd=tmp_path))
+    table.drop(columns="b").to_csv(tmp_path / "table.csv", index=False)
+    process = run(SCRIPT, *own, cwd=tmp_path)
+    assert_one_line(process, "models:/table-classifier/1", "the columns of the data")
+    client = store(tmp_path)
+    assert len(client.search_model_versions("name = 'table-classifier'")) == 1
+    assert len(parents("production-deployment")) == 1
+
+
+def test_a_bad_example_and_a_constant_answer_are_refused(tmp_path, monkeypatch):
+    store(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    X, y = hold_out()
     info = mlflow.sklearn.log_model(
         DummyClassifier().fit(X, y),
         name="model",
         serialization_format="skops",
-        input_example=X.head(),
+        signature=mlflow.models.infer_signature(X, y.to_numpy()),
         pip_requirements=["mlflow"],
     )
     mlflow.end_run()
-    assert_one_line(run(SCRIPT, "--model-uri", info.model_uri, cwd=tmp_path), "columns")
+    options = ("--model-uri", info.model_uri, "--min-accuracy", "0.5")
+    process = run(SCRIPT, *options, cwd=tmp_path)
+    assert_one_line(process, "answers_its_example = 0.0", "accuracy_gained = 0.0", code=1)
+    assert "production" not in aliases(mlflow.MlflowClient())
 
 
 KILL = """

