@@ -98,9 +98,9 @@ def main():
     warnings.filterwarnings("ignore", r"\d+ tasks ")  # of joblib, should the search end early
     (X, y, train), (X_test, y_test, test) = load_data(args.csv, args.target)
     plan = {"grid": str(PARAM_GRID), "folds": f"{FOLDS}, seed {SEED}", "rows": train.digest}
-    trials = {f"trial-{n:04}": params for n, params in enumerate(ParameterGrid(PARAM_GRID), 1)}
+    grid = pd.DataFrame(ParameterGrid(PARAM_GRID), dtype=object).to_dict("records")  # not NumPy's
+    trials = todo = {f"trial-{n:04}": params for n, params in enumerate(grid, 1)}
     RandomForestClassifier().set_params(**trials["trial-0001"])  # raises if one is unknown
-    done = []
     if args.resume is not None or "MLFLOW_TRACKING_URI" in os.environ:
         open_store(EXPERIMENT)  # before the workers start: it may be unreachable
     if args.resume is not None:
@@ -109,8 +109,8 @@ def main():
             raise ValueError(f"{args.resume} is not an unfinished search of this grid and rows")
         for run_id in find_trials(parent, "RUNNING")["run_id"]:
             mlflow.delete_run(run_id)  # it was cut short
-        done = find_trials(parent).get("runName", [])
-    todo = {name: params for name, params in trials.items() if name not in set(done)}
+        done = set(find_trials(parent).get("runName", []))
+        todo = {name: params for name, params in trials.items() if name not in done}
     tasks = [delayed(run_trial)(name, todo[name], X, y) for name in reversed(todo)]
     results = Parallel(n_jobs=-1, return_as="generator_unordered")(tasks)  # starts, does not wait
     look = open_store(EXPERIMENT)  # a new one takes seconds: the workers train meanwhile
@@ -141,8 +141,8 @@ def main():
         mlflow.log_metric("baseline_test_accuracy", constant, dataset=test)
         mlflow.log_metric("search_seconds", time.perf_counter() - start)
         *down, across = PARAM_GRID
-        grid = found.sort_values("runName").pivot_table("cv_accuracy", down, across, sort=False)
-        mlflow.log_text(grid.style.background_gradient("Blues", axis=None).to_html(), "grid.html")
+        table = found.sort_values("runName").pivot_table("cv_accuracy", down, across, sort=False)
+        mlflow.log_text(table.style.background_gradient("Blues", axis=None).to_html(), "grid.html")
 
     metrics = mlflow.get_run(parent.info.run_id).data.metrics
     # The rule of Breiman et al., Classification and Regression Trees (1984), section 3.4.3.
@@ -193,8 +193,8 @@ def load_data(csv=None, target="diagnosis"):
 def with_preprocessing(model, X):
     """Return a pipeline that takes raw rows like X: it fills gaps, scales numbers, encodes text."""
     numbers = make_pipeline(SimpleImputer(keep_empty_features=True), StandardScaler())
-    # A gap in a table is nan, in a request None: both become a word of their own.
-    gaps = [SimpleImputer(strategy="constant", missing_values=gap) for gap in (float("nan"), None)]
+    word = {"strategy": "constant", "keep_empty_features": True}  # of its own, for every gap
+    gaps = [SimpleImputer(missing_values=gap, **word) for gap in (float("nan"), None)]  # JSON: None
     words = OneHotEncoder(handle_unknown="ignore", max_categories=20, sparse_output=False)
     numeric = (numbers, list(X.select_dtypes("number")))
     columns = make_column_transformer(numeric, remainder=make_pipeline(*gaps, words))

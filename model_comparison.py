@@ -136,10 +136,9 @@ def draw(runs, scores, baseline, y, predicted):
     spread, trade, matrix = (figure := Figure(figsize=(16, 5), layout="constrained")).subplots(1, 3)
     scores[runs["runName"]].boxplot(ax=spread, rot=15).set_title("Accuracy (dashed: baseline)")
     spread.axhline(baseline.mean(), linestyle="--", color="gray")
-    for _, run in runs.iterrows():
-        point = run["latency_ms_p50"], run["cv_accuracy"], run["cv_accuracy_std"]
-        trade.errorbar(*point, fmt="o", capsize=4, alpha=0.8, label=run["runName"])
-    trade.legend(title="accuracy ± std, by milliseconds for one row (median)")
+    points = runs.set_index("latency_ms_p50").groupby("runName", sort=False)["cv_accuracy"]
+    points.plot(ax=trade, style="o", legend=True, xlabel="milliseconds for one row (median)")
+    trade.set_title("Mean accuracy by latency")
     ConfusionMatrixDisplay.from_predictions(y, predicted, ax=matrix, colorbar=False)
     matrix.set_title(f"Hold-out rows as seen by {runs['runName'].iloc[0]}")
     return figure
@@ -261,8 +260,8 @@ def load_data(csv=None, target="diagnosis"):
 def with_preprocessing(model, X):
     """Return a pipeline that takes raw rows like X: it fills gaps, scales numbers, encodes text."""
     numbers = make_pipeline(SimpleImputer(keep_empty_features=True), StandardScaler())
-    # A gap in a table is nan, in a request None: both become a word of their own.
-    gaps = [SimpleImputer(strategy="constant", missing_values=gap) for gap in (float("nan"), None)]
+    word = {"strategy": "constant", "keep_empty_features": True}  # of its own, for every gap
+    gaps = [SimpleImputer(missing_values=gap, **word) for gap in (float("nan"), None)]  # JSON: None
     words = OneHotEncoder(handle_unknown="ignore", max_categories=20, sparse_output=False)
     numeric = (numbers, list(X.select_dtypes("number")))
     columns = make_column_transformer(numeric, remainder=make_pipeline(*gaps, words))

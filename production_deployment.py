@@ -257,8 +257,8 @@ def load_data(csv=None, target="diagnosis"):
 def with_preprocessing(model, X):
     """Return a pipeline that takes raw rows like X: it fills gaps, scales numbers, encodes text."""
     numbers = make_pipeline(SimpleImputer(keep_empty_features=True), StandardScaler())
-    # A gap in a table is nan, in a request None: both become a word of their own.
-    gaps = [SimpleImputer(strategy="constant", missing_values=gap) for gap in (float("nan"), None)]
+    word = {"strategy": "constant", "keep_empty_features": True}  # of its own, for every gap
+    gaps = [SimpleImputer(missing_values=gap, **word) for gap in (float("nan"), None)]  # JSON: None
     words = OneHotEncoder(handle_unknown="ignore", max_categories=20, sparse_output=False)
     numeric = (numbers, list(X.select_dtypes("number")))
     columns = make_column_transformer(numeric, remainder=make_pipeline(*gaps, words))
