@@ -18,8 +18,8 @@ import time
 from pathlib import Path
 
 import mlflow
+from conftest import ROOT, edited
 
-ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = (ROOT / "hyperparameter_tuning.py").read_text()
 PIPELINE = re.search(r"^def with_preprocessing.*?\n(?=\n\n)", SCRIPT, re.M | re.S).group()
 DATA = f"""
@@ -74,7 +74,8 @@ def seconds(text, folder=None):
 
 def tuning(grid):
     """Return the text of hyperparameter_tuning.py with this grid at its top."""
-    return SCRIPT.replace("\n\ndef load_data", f"PARAM_GRID = {grid!r}\n\n\ndef load_data", 1)
+    with tempfile.TemporaryDirectory() as folder:
+        return edited(Path(folder), "hyperparameter_tuning.py", PARAM_GRID=grid).read_text()
 
 
 def main():
