@@ -64,7 +64,7 @@ def check_before_loading(model_uri, columns):
     safe = skops.get("serialization_format") == "skops" and not loader.keys() & {"code", "data"}
     safe = safe and set(skops.get("skops_trusted_types") or []) <= set(TRUSTED)
     if not safe or loader.get("loader_module") != "mlflow.sklearn":
-        raise ValueError(f"{model_uri} is not loaded, it could run code: log it as skops")
+        raise ValueError(f"{model_uri} could run code: log it as skops, of TRUSTED types")
     names = info.signature.inputs.input_names() if info.signature else []
     if names != list(columns) or loader.get("predict_fn", "predict") != "predict":
         raise ValueError(f"{model_uri} does not predict classes from the columns of the data")

@@ -88,6 +88,7 @@ def main():
     parser.add_argument("--flat", action="store_true", help="vary the number of trials instead")
     args = parser.parse_args()
     if args.flat:
+        os.environ["LOKY_MAX_CPU_COUNT"] = "1"  # training must not take the logging's core
         for leaves, splits in ((27, 1), (20, 10), (200, 10)):
             grid = {"min_samples_leaf": leaves, "min_samples_split": splits}
             grid = {name: list(range(2, count + 2)) for name, count in grid.items()}
