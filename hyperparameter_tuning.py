@@ -16,11 +16,13 @@ import logging
 import os
 import re
 import shlex
+import signal
 import sqlite3
 import sys
 import time
 import warnings
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 
@@ -63,17 +65,23 @@ def run_trial(name, params, X, y):
     return name, metrics | {"fit_seconds": seconds}, None
 
 
+def log_trial(parent, name, params, metrics, error, dataset):
+    """Log one trial as a child of the run `parent`: FAILED if it has an error."""
+    with mlflow.start_run(run_name=name, parent_run_id=parent.info.run_id):
+        mlflow.log_params(params)
+        mlflow.log_metrics(metrics, dataset=dataset)
+        if error:
+            mlflow.set_tag("error", error)
+            mlflow.end_run("FAILED")
+
+
 def log_trials(results, trials, dataset):
     """Log and print each result as it comes: a child of the active run, visible at once."""
-    start, total = time.perf_counter(), len(trials)
-    with contextlib.closing(results):  # if this stops, so do the workers
+    start, total, parent = time.perf_counter(), len(trials), mlflow.active_run()
+    # In a thread, which is waited for: Ctrl-C in the middle of a write would leave SQLite locked.
+    with contextlib.closing(results), ThreadPoolExecutor(1) as thread:  # closed: no more workers
         for done, (name, metrics, error) in enumerate(results, 1):
-            with mlflow.start_run(run_name=name, nested=True):
-                mlflow.log_params(trials[name])
-                mlflow.log_metrics(metrics, dataset=dataset)
-                if error:
-                    mlflow.set_tag("error", error)
-                    mlflow.end_run("FAILED")
+            thread.submit(log_trial, parent, name, trials[name], metrics, error, dataset).result()
             left = (time.perf_counter() - start) * (total / done - 1)
             text = error or "accuracy {cv_accuracy:.4f} ± {cv_accuracy_std:.4f}".format(**metrics)
             print(f"{done:3}/{total} {left:4.0f} s left {name}  {text}  {trials[name]}", flush=True)
@@ -112,7 +120,9 @@ def main():
         done = set(find_trials(parent).get("runName", []))
         todo = {name: params for name, params in trials.items() if name not in done}
     tasks = [delayed(run_trial)(name, todo[name], X, y) for name in reversed(todo)]
+    ctrl_c = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the workers inherit it: no tracebacks
     results = Parallel(n_jobs=-1, return_as="generator_unordered")(tasks)  # starts, does not wait
+    signal.signal(signal.SIGINT, ctrl_c)
     look = open_store(EXPERIMENT)  # a new one takes seconds: the workers train meanwhile
     with mlflow.start_run(run_id=args.resume, run_name="grid-search") as parent:
         mlflow.log_params(plan)
@@ -122,8 +132,6 @@ def main():
         try:
             log_trials(results, todo, train)
         except KeyboardInterrupt:
-            for run_id in find_trials(parent, "RUNNING")["run_id"]:
-                mlflow.MlflowClient().set_terminated(run_id, "KILLED")  # it was just being made
             mlflow.end_run("KILLED")
             command = shlex.join(["python", *sys.argv, "--resume", parent.info.run_id])
             parser.exit(130, f"\nStopped. The finished trials are kept; to go on: {command}\n")
