@@ -315,7 +315,7 @@ def test_killed_between_any_two_steps_production_stays_whole(tmp_path):
             assert code in (0, 9)
             production = aliases(client).get("production")
             outcomes.append(production)
-            if production:
+            if production and production not in outcomes[:-1]:  # it has moved
                 version = client.get_model_version(NAME, production)
                 assert version.status == "READY"
                 assert version.tags["validation_status"] == "passed"

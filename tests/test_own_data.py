@@ -43,7 +43,7 @@ def odd_table():
             "active": np.array([True, False, None], dtype=object)[rng.integers(0, 3, 300)],
             "last": kind == 2,
             "empty": np.nan,
-            "seldom": np.array([None, "once"] + [None] * 298, dtype=object),
+            "seldom": np.array([None] * 3 + ["once"] + [None] * 296, dtype=object),
             TARGET: np.array(["a b", "ü", "1"], dtype=object)[kind],
         }
     )
