@@ -67,12 +67,11 @@ def run_trial(name, params, X, y):
 
 def log_trial(parent, name, params, metrics, error, dataset):
     """Log one trial as a child of the run `parent`: FAILED if it has an error."""
-    with mlflow.start_run(run_name=name, parent_run_id=parent.info.run_id):
+    tags = {"error": error} if error else {}
+    with mlflow.start_run(run_name=name, parent_run_id=parent.info.run_id, tags=tags):
         mlflow.log_params(params)
         mlflow.log_metrics(metrics, dataset=dataset)
-        if error:
-            mlflow.set_tag("error", error)
-            mlflow.end_run("FAILED")
+        mlflow.end_run("FAILED" if error else "FINISHED")
 
 
 def log_trials(results, trials, dataset):
@@ -143,9 +142,8 @@ def main():
         model_id = log_model(model.fit(X, y), X)
         mlflow.log_params({f"best_{name}": repr(value) for name, value in best_params.items()})
         mlflow.log_metric("best_cv_accuracy", best["cv_accuracy"], model_id=model_id, dataset=train)
-        score = model.score(X_test, y_test)
+        score, constant = model.score(X_test, y_test), y_test.value_counts(normalize=True).max()
         mlflow.log_metric("test_accuracy", score, model_id=model_id, dataset=test)
-        constant = y_test.value_counts(normalize=True).max()
         mlflow.log_metric("baseline_test_accuracy", constant, dataset=test)
         mlflow.log_metric("search_seconds", time.perf_counter() - start)
         *down, across = PARAM_GRID
@@ -171,10 +169,7 @@ def main():
 
 # The rest is the same in all three scripts: rows, preprocessing, store, model, errors.
 def load_data(csv=None, target="diagnosis"):
-    """Yield features, labels and MLflow's data set: of the training part, then of the hold-out.
-
-    Raises OSError or ValueError if the table cannot be read, or the target not be learnt from it.
-    """
+    """Yield X, y, MLflow's data set of training part and hold-out. Raises OSError, ValueError."""
     demo = load_breast_cancer(as_frame=True)
     table = demo.data.assign(diagnosis=demo.target_names[demo.target])
     table = table if csv is None else pd.read_csv(csv, low_memory=False)

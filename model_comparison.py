@@ -92,12 +92,9 @@ def serving_cost(model_id, X):
     with threadpool_limits(1):  # the first ten calls warm up
         single = timeit.repeat(lambda: model.predict(X.head(1)), number=1, repeat=70)[10:]
         whole = timeit.repeat(lambda: model.predict(batch), number=1, repeat=3)
-    return {
-        "latency_ms_p50": pd.Series(single).quantile(0.50) * 1000,
-        "latency_ms_p95": pd.Series(single).quantile(0.95) * 1000,
-        "rows_per_second": len(batch) / pd.Series(whole).median(),
-        "model_size_bytes": model.metadata.model_size_bytes,
-    }
+    p50, p95 = pd.Series(single).quantile([0.50, 0.95]) * 1000
+    costs = {"latency_ms_p50": p50, "latency_ms_p95": p95, "rows_per_second": 10_000 / min(whole)}
+    return costs | {"model_size_bytes": model.metadata.model_size_bytes}
 
 
 def log_candidate(name, model, parts, comparison):
@@ -131,16 +128,14 @@ def p_values(scores, reference):
     return (p * [*range(len(p), 0, -1)]).cummax().clip(upper=1)
 
 
-def draw(runs, scores, baseline, y, predicted):
+def draw(runs, folds, y, predicted):
     """Return a figure: the folds' accuracies, accuracy against latency, a confusion matrix."""
     spread, trade, matrix = (figure := Figure(figsize=(16, 5), layout="constrained")).subplots(1, 3)
-    scores[runs["runName"]].boxplot(ax=spread, rot=15).set_title("Accuracy (dashed: baseline)")
-    spread.axhline(baseline.mean(), linestyle="--", color="gray")
-    points = runs.set_index("latency_ms_p50").groupby("runName", sort=False)["cv_accuracy"]
-    points.plot(ax=trade, style="o", legend=True, xlabel="milliseconds for one row (median)")
-    trade.set_title("Mean accuracy by latency")
+    folds.boxplot(ax=spread, rot=15).set_title("Accuracy over the folds")
+    points = runs.pivot_table("cv_accuracy", "latency_ms_p50", "runName")
+    points.plot(ax=trade, style="o", title="Mean accuracy by latency")
     ConfusionMatrixDisplay.from_predictions(y, predicted, ax=matrix, colorbar=False)
-    matrix.set_title(f"Hold-out rows as seen by {runs['runName'].iloc[0]}")
+    matrix.set_title("Hold-out rows as the best model sees them")
     return figure
 
 
@@ -176,13 +171,11 @@ def main():
         if not scores:  # leaving the block by an exit marks the parent FAILED
             parser.exit(1, "Every candidate failed; the tag `verdict` of its run says why\n")
 
-        query = {  # for models, not runs: what is logged with model_id and dataset belongs to them
-            "experiment_ids": [parent.info.experiment_id],
-            "filter_string": f"tags.comparison = '{parent.info.run_id}'",
-            "order_by": [{"field_name": "metrics.cv_accuracy", "ascending": False}],
-            "output_format": "list",
-        }
-        models = mlflow.search_logged_models(**query)
+        # Models, not runs: what is logged with model_id and dataset belongs to the model.
+        ids, session = [parent.info.experiment_id], parent.info.run_id
+        query = {"experiment_ids": ids, "filter_string": f"tags.comparison = '{session}'"}
+        query["order_by"] = [{"field_name": "metrics.cv_accuracy", "ascending": False}]
+        models = mlflow.search_logged_models(**query, output_format="list")
         best, scores = models[0].tags["candidate"], pd.DataFrame(scores)
         vs_best = p_values(scores.drop(columns=best), scores[best])
         vs_baseline = p_values(scores, baseline)
@@ -194,11 +187,10 @@ def main():
                 verdict = "no better than the baseline"
             mlflow.log_metrics(p, run_id=run_id)
             mlflow.MlflowClient().set_tag(run_id, "verdict", verdict)
-        runs = mlflow.search_runs(  # the same by run: also those that failed
-            query["experiment_ids"],
-            f"tags.mlflow.parentRunId = '{parent.info.run_id}'",
-            order_by=["metrics.cv_accuracy DESC", "attributes.start_time DESC"],
-        ).rename(columns=lambda name: name.split(".")[-1])
+        # The same by run: also those that failed. Either puts the newest of equal scores first.
+        children = f"tags.mlflow.parentRunId = '{session}'"
+        runs = mlflow.search_runs(ids, children, order_by=["metrics.cv_accuracy DESC"])
+        runs = runs.rename(columns=lambda name: name.split(".")[-1])
         good = runs[runs["verdict"] == "not told from the best"]
         fast = good[good["latency_ms_p50"] <= NOISE * good["latency_ms_p50"].min()]
         recommended = fast["runName"].iloc[0] if len(fast) else "none"
@@ -206,9 +198,9 @@ def main():
         mlflow.log_metric("best_cv_accuracy", scores[best].mean().round(12), dataset=train)
         mlflow.log_metric("baseline_cv_accuracy", baseline.mean(), dataset=train)
         predicted = mlflow.pyfunc.load_model(models[0].model_uri).predict(X_test)
-        figure = draw(runs[runs["status"] == "FINISHED"], scores, baseline, y_test, predicted)
-        mlflow.log_figure(figure, "comparison.png")
-        mlflow.log_text(scores.assign(baseline=baseline).to_csv(index_label="fold"), "folds.csv")
+        folds = scores.assign(baseline=baseline)
+        mlflow.log_figure(draw(runs, folds, y_test, predicted), "comparison.png")
+        mlflow.log_text(folds.to_csv(index_label="fold"), "folds.csv")
         table = runs.set_index("runName")[COLUMNS]
         mlflow.log_text(table.to_csv(), "comparison.csv")
         style = {"float_format": lambda x: f"{x:.{4 if x < 1000 else 0}f}", "max_colwidth": 30}
@@ -219,7 +211,7 @@ def main():
     print(f"\n{text}\n\nBest model, by its cross-validated accuracy: {best}")
     print(f"Recommended, the fastest that cannot be told from the best: {recommended}")
     print("Load the best, in any process with the same tracking URI, after `import mlflow`:")
-    print(f"  best = mlflow.search_logged_models(**{query})[0]")
+    print(f"  best = mlflow.search_logged_models(**{query}, output_format='list')[0]")
     print(f"  model = mlflow.pyfunc.load_model(best.model_uri)\n\nLook:  {look}")
     if recommended == "none":
         parser.exit(1, "No candidate is shown to be better than the baseline: deploy none\n")
@@ -230,10 +222,7 @@ def main():
 
 # The rest is the same in all three scripts: rows, preprocessing, store, model, errors.
 def load_data(csv=None, target="diagnosis"):
-    """Yield features, labels and MLflow's data set: of the training part, then of the hold-out.
-
-    Raises OSError or ValueError if the table cannot be read, or the target not be learnt from it.
-    """
+    """Yield X, y, MLflow's data set of training part and hold-out. Raises OSError, ValueError."""
     demo = load_breast_cancer(as_frame=True)
     table = demo.data.assign(diagnosis=demo.target_names[demo.target])
     table = table if csv is None else pd.read_csv(csv, low_memory=False)
