@@ -4,6 +4,7 @@ import fcntl
 import os
 import pickle
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,8 @@ import mlflow
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+# A shell in the background has Ctrl-C ignored, by what it starts as well: not by these tests.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 SCRIPTS = ("hyperparameter_tuning.py", "model_comparison.py", "production_deployment.py")
 
 

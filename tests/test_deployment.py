@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -60,12 +61,24 @@ def stages(client):
     return {str(version.version): version.current_stage for version in versions}
 
 
-@pytest.fixture
-def deployed(tmp_path):
-    """An empty folder in which version 1 has been deployed."""
-    process = run(SCRIPT, cwd=tmp_path)
+@pytest.fixture(scope="module")
+def guide(tmp_path_factory):
+    """A deployed version 1: its folder and its guide, from the run's artifact."""
+    folder = tmp_path_factory.mktemp("guide")
+    process = run(SCRIPT, cwd=folder)
     assert_success(process)
     assert "Undo:" not in process.stdout  # there is nothing to go back to
+    store(folder)
+    (run_,) = parents("production-deployment")
+    text = mlflow.artifacts.load_text(f"{run_.info.artifact_uri}/deployment_guide.md")
+    assert text in process.stdout
+    return folder, text
+
+
+@pytest.fixture
+def deployed(guide, tmp_path):
+    """A folder whose store is a copy of that one."""
+    shutil.copy(guide[0] / "mlflow.db", tmp_path)
     return tmp_path, store(tmp_path)
 
 
@@ -272,7 +285,14 @@ KILL = """
 import os, sys
 sys.path.insert(0, {root!r})
 import mlflow
+import mlflow.store.model_registry.sqlalchemy_store
+import mlflow.store.tracking.sqlalchemy_store
 import production_deployment as script
+from sklearn.dummy import DummyClassifier
+
+# What is imported or looked up once is so for all the processes below: it halves their time.
+options = {{"serialization_format": "skops", "pip_requirements": ["mlflow"]}}
+mlflow.sklearn.save_model(DummyClassifier().fit([[0]], [0]), "any", **options)
 
 def dying(method):
     def call(*args, **kwargs):
@@ -336,19 +356,6 @@ def section(guide, title):
     """Return the commands of a section of the guide: its indented lines."""
     text = guide.split(f"\n## {title}")[1].split("\n## ")[0]
     return [line.strip() for line in text.splitlines() if line.startswith("    ")]
-
-
-@pytest.fixture(scope="module")
-def guide(tmp_path_factory):
-    """A deployed version 1: its folder and its guide, from the run's artifact."""
-    folder = tmp_path_factory.mktemp("guide")
-    process = run(SCRIPT, cwd=folder)
-    assert_success(process)
-    store(folder)
-    (run_,) = parents("production-deployment")
-    text = mlflow.artifacts.load_text(f"{run_.info.artifact_uri}/deployment_guide.md")
-    assert text in process.stdout
-    return folder, text
 
 
 def shell(folder, *commands, timeout=120):
@@ -577,6 +584,7 @@ def test_the_readme_snippet_swaps_without_a_failed_or_mixed_answer(tmp_path, mon
                 time.sleep(0.01)
     finally:
         stop.set()
+        model.interval = 1e6  # its own thread sleeps while the other tests run
         for thread in threads:
             thread.join()
     assert all(len(versions) == 1 for _, versions in answers)  # none is mixed

@@ -50,7 +50,12 @@ def tracking_server(folder, database, port):
     process = subprocess.Popen(
         ["bash", "-c", f"exec {COMMAND.replace('5000', str(port))}"],
         cwd=folder,
-        env=user_env(DATABASE=database, ARTIFACTS=str(folder / "artifacts")),
+        env=user_env(
+            DATABASE=database,
+            ARTIFACTS=str(folder / "artifacts"),
+            MLFLOW_WORKERS="2",  # as many as cores
+            MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false",  # eight processes for what is not used here
+        ),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,

@@ -1,11 +1,13 @@
 """Hyperparameter tuning: cost, refinement, failures, interruptions, resuming, a Dask cluster."""
 
+import contextlib
 import os
 import re
 import shlex
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -290,8 +292,10 @@ def test_the_best_is_found_among_more_trials_than_a_page_holds(tmp_path):
     for number in range(1005):
         tags = {"mlflow.parentRunId": parent.info.run_id}
         trial = client.create_run(experiment, tags=tags, run_name=f"trial-{number:04}")
-        client.log_metric(trial.info.run_id, "cv_accuracy", 0.5 + (number == 0) / 4)
-        client.set_terminated(trial.info.run_id)
+        if number % 100 == 0:
+            client.log_metric(trial.info.run_id, "cv_accuracy", 0.5 + (number == 0) / 4)
+    with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db")) as database, database:
+        database.execute("UPDATE runs SET status = 'FINISHED'")  # one by one it takes seconds
     trials = find_trials(parent)
     assert len(trials) == 1005 and trials["runName"].iloc[0] == "trial-0000"
 
