@@ -122,7 +122,7 @@ def main():
     ctrl_c = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the workers inherit it: no tracebacks
     results = Parallel(n_jobs=-1, return_as="generator_unordered")(tasks)  # starts, does not wait
     signal.signal(signal.SIGINT, ctrl_c)
-    look = open_store(EXPERIMENT)  # a new one takes seconds: the workers train meanwhile
+    _, look = open_store(EXPERIMENT)  # a new one takes seconds: the workers train meanwhile
     with mlflow.start_run(run_id=args.resume, run_name="grid-search") as parent:
         mlflow.log_params(plan)
         with contextlib.suppress(mlflow.MlflowException):  # another makes them now: ask again
@@ -205,7 +205,7 @@ def with_preprocessing(model, X):
 
 
 def open_store(experiment):
-    """Quieten MLflow, select the experiment or make it, return where to see it. Raises OSError."""
+    """Quieten MLflow, select or make the experiment, return store and web page. Raises OSError."""
     logging.disable(logging.INFO)  # MLflow reports every table that it makes; warnings still show
     logging.getLogger("mlflow.store.db.utils").disabled = True  # logs what it also raises
     os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # two lines for every run
@@ -225,7 +225,7 @@ def open_store(experiment):
         raise OSError(f"start, unlock or free the store {place}: {error}") from None
     ui = f"mlflow ui --backend-store-uri {place}  then open  http://127.0.0.1:5000"
     ui = place if uri.startswith("http") else ui
-    return f"{ui}/#/experiments/{number}/runs?workflowType=machine_learning"
+    return place, f"{ui}/#/experiments/{number}/runs?workflowType=machine_learning"
 
 
 def log_model(model, X):

@@ -147,7 +147,7 @@ def main():
     args, candidates = parser.parse_args(), CANDIDATES.copy()
     parts = (X, y, train), (X_test, y_test, test) = tuple(load_data(args.csv, args.target))
     warnings.filterwarnings("ignore", "n_components >")  # Nystroem's: of few rows it takes all
-    look = open_store(EXPERIMENT)
+    _, look = open_store(EXPERIMENT)
     if args.tuned is not None:
         run = mlflow.get_run(args.tuned)
         if run.info.status != "FINISHED" or run.data.params.get("rows") != train.digest:
@@ -258,7 +258,7 @@ def with_preprocessing(model, X):
 
 
 def open_store(experiment):
-    """Quieten MLflow, select the experiment or make it, return where to see it. Raises OSError."""
+    """Quieten MLflow, select or make the experiment, return store and web page. Raises OSError."""
     logging.disable(logging.INFO)  # MLflow reports every table that it makes; warnings still show
     logging.getLogger("mlflow.store.db.utils").disabled = True  # logs what it also raises
     os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # two lines for every run
@@ -278,7 +278,7 @@ def open_store(experiment):
         raise OSError(f"start, unlock or free the store {place}: {error}") from None
     ui = f"mlflow ui --backend-store-uri {place}  then open  http://127.0.0.1:5000"
     ui = place if uri.startswith("http") else ui
-    return f"{ui}/#/experiments/{number}/runs?workflowType=machine_learning"
+    return place, f"{ui}/#/experiments/{number}/runs?workflowType=machine_learning"
 
 
 def log_model(model, X):

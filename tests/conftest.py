@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # A shell in the background has Ctrl-C ignored, by what it starts as well: not by these tests.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 SCRIPTS = ("hyperparameter_tuning.py", "model_comparison.py", "production_deployment.py")
+SOON = 30  # seconds, for what takes 10 at the most: the machine may be slow, and another test runs
 
 
 def user_env(**extra):

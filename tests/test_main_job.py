@@ -17,6 +17,8 @@ import pytest
 from conftest import (
     ROOT,
     SCRIPTS,
+    SOON,
+    Code,
     assert_one_line,
     assert_success,
     children,
@@ -41,6 +43,7 @@ from sklearn.model_selection import (
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import LinearSVC
+from threadpoolctl import threadpool_limits
 
 NAME = "breast-cancer-classifier"
 GRID = {
@@ -208,7 +211,8 @@ def test_comparison_scores_are_those_of_scikit_learn(main_job, rows):
         candidates = children(comparison)
         for name, model in CANDIDATES.items():
             metrics = candidates[name].data.metrics
-            predicted = scaled(model).fit(X_train, y_train).predict(X_test)
+            with threadpool_limits(1):  # threads that wait for a busy core take most of its time
+                predicted = scaled(model).fit(X_train, y_train).predict(X_test)
             macro = precision_recall_fscore_support(y_test, predicted, average="macro")
             assert metrics["accuracy"] == close(accuracy_score(y_test, predicted))
             for key, value in zip(("precision", "recall", "f1"), macro, strict=False):
@@ -310,7 +314,7 @@ def test_an_absent_tracking_server_ends_in_one_line(script, tmp_path):
     with socket.socket() as probe:  # a port on which nothing listens
         probe.bind(("127.0.0.1", 0))
         uri = f"http://127.0.0.1:{probe.getsockname()[1]}"
-    process = run(script, cwd=tmp_path, timeout=10, MLFLOW_TRACKING_URI=uri)
+    process = run(script, cwd=tmp_path, timeout=SOON, MLFLOW_TRACKING_URI=uri)
     assert_one_line(process, f"start, unlock or free the store {uri}")
     assert list(tmp_path.iterdir()) == []
 
@@ -318,14 +322,14 @@ def test_an_absent_tracking_server_ends_in_one_line(script, tmp_path):
 def test_a_tracking_server_that_hangs_ends_in_one_line(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as silent:  # takes calls and never answers
         uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        process = run(SCRIPTS[0], cwd=tmp_path, timeout=15, MLFLOW_TRACKING_URI=uri)
+        process = run(SCRIPTS[0], cwd=tmp_path, timeout=SOON, MLFLOW_TRACKING_URI=uri)
     assert_one_line(process, uri, "timed out")
 
 
 def test_scripts_started_together_in_an_empty_folder_all_succeed(tmp_path):
     edited(tmp_path, SCRIPTS[0], PARAM_GRID={"max_depth": [1, 3], "n_estimators": [5]})
     edited(tmp_path, SCRIPTS[1], REPEATS=2)
-    shutil.copy(ROOT / SCRIPTS[2], tmp_path)
+    edited(tmp_path, SCRIPTS[2], GATE=Code("{'accuracy': GATE['accuracy']}"))  # not the speed
     folder = tmp_path / "empty"
     folder.mkdir()
     started = [
@@ -356,7 +360,7 @@ def test_scripts_started_together_in_an_empty_folder_all_succeed(tmp_path):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_store_that_cannot_be_made_ends_in_one_line(script, tmp_path):
     uri = f"sqlite:///{tmp_path}/absent/mlflow.db"
-    process = run(script, cwd=tmp_path, timeout=10, MLFLOW_TRACKING_URI=uri)
+    process = run(script, cwd=tmp_path, timeout=SOON, MLFLOW_TRACKING_URI=uri)
     assert_one_line(process, f"start, unlock or free the store {uri}", "unable to open")
     assert list(tmp_path.iterdir()) == []
 
@@ -364,7 +368,7 @@ def test_a_store_that_cannot_be_made_ends_in_one_line(script, tmp_path):
 def test_a_locked_store_ends_in_one_line(tmp_path):
     with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db")) as other:
         other.execute("BEGIN EXCLUSIVE")
-        process = run(SCRIPTS[1], cwd=tmp_path, timeout=20)
+        process = run(SCRIPTS[1], cwd=tmp_path, timeout=2 * SOON)
     assert_one_line(process, "unlock", "sqlite:///", "mlflow.db", "database is locked")
 
 
@@ -392,7 +396,7 @@ def test_the_scripts_share_conventions_and_nothing_else():
         assert all(f"\n{setting}" in text for text in texts), setting
     names = {script.removesuffix(".py") for script in SCRIPTS}
     assert shared.count("\n") <= 85, "it is read once, for all three"
-    for text, most in zip(texts, (253, 306, 311), strict=True):
+    for text, most in zip(texts, (253, 306, 305), strict=True):
         assert text.count("\n") <= most, "a script is to be read in ten minutes"
         assert lines_of_code(text) <= 250, "a script is to be read in ten minutes"
         assert not names & set(re.findall(r"^(?:import|from) (\w+)", text, re.M))

@@ -13,6 +13,7 @@ import pytest
 from conftest import (
     ROOT,
     SCRIPTS,
+    SOON,
     Code,
     assert_one_line,
     assert_success,
@@ -168,7 +169,7 @@ def test_a_file_that_cannot_be_used_ends_in_one_line(case, tmp_path):
         (tmp_path / "table.csv").write_bytes(content)
     script = SCRIPTS[list(UNUSABLE).index(case) % 3]  # what reads it is the same in all three
     args = ("--csv", "table.csv", "--target", target)
-    assert_one_line(run(script, *args, cwd=tmp_path, timeout=10), words)
+    assert_one_line(run(script, *args, cwd=tmp_path, timeout=SOON), words)
     assert set(os.listdir(tmp_path)) <= {"table.csv"}
 
 

@@ -16,6 +16,7 @@ import mlflow
 import pytest
 from conftest import (
     ROOT,
+    SOON,
     assert_one_line,
     assert_success,
     children,
@@ -182,7 +183,7 @@ def test_ctrl_c_keeps_what_has_finished_and_prints_how_to_go_on(tmp_path, assert
     process = start(sys.executable, script, cwd=tmp_path, start_new_session=True)
     wait_until(lambda: len(finished(tmp_path)) >= 2)
     os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to the workers as well
-    assert process.wait(timeout=10) == 130
+    assert process.wait(timeout=SOON) == 130
     kept = finished(tmp_path)
     (search,) = parents("hyperparameter-tuning")
     assert search.info.status == "KILLED"
