@@ -210,6 +210,31 @@ def test_a_model_that_could_run_code_is_not_loaded(tmp_path, monkeypatch):
     assert mlflow.MlflowClient().search_registered_models() == []
 
 
+def test_what_is_checked_is_what_is_loaded(deployed, monkeypatch):
+    """The version in production is a trap whose file names another model, which is fine."""
+    folder, client = deployed
+    monkeypatch.chdir(folder)
+    X, y = hold_out()
+    model = DummyClassifier().fit(X, y)
+    model.trap = Trap(str(folder / "trapped"))
+    trapped = mlflow.sklearn.log_model(
+        model,
+        name="model",
+        serialization_format="cloudpickle",
+        signature=mlflow.models.infer_signature(X, y.to_numpy()),
+        pip_requirements=["mlflow"],
+    )
+    mlflow.end_run()
+    (run_,) = parents("production-deployment")
+    fine = run_.outputs.model_outputs[0].model_id
+    named = Path(mlflow.artifacts.download_artifacts(trapped.model_uri)) / "MLmodel"
+    named.write_text(named.read_text().replace(trapped.model_id, fine))
+    client.create_model_version(NAME, trapped.model_uri)
+    client.set_registered_model_alias(NAME, "production", "2")
+    assert_success(run(SCRIPT, cwd=folder))
+    assert aliases(client)["production"] == "3" and not (folder / "trapped").exists()
+
+
 def test_a_model_that_is_in_no_store_is_not_deployed(tmp_path):
     """It has no id; nothing else may be deployed in its place."""
     X, y = hold_out()
