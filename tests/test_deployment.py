@@ -176,8 +176,8 @@ class Trap:
 
 
 def test_a_model_that_could_run_code_is_not_loaded(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the store remembers where it was made
     store(tmp_path)
-    monkeypatch.chdir(tmp_path)
     X, y = hold_out()
     model = DummyClassifier().fit(X, y)
     signature = mlflow.models.infer_signature(X, y.to_numpy())
@@ -257,8 +257,8 @@ def test_an_unknown_model_ends_in_one_line(uri, tmp_path):
 
 
 def test_a_model_for_other_columns_ends_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the store remembers where it was made
     store(tmp_path)
-    monkeypatch.chdir(tmp_path)
     X, y = hold_out()
     for rows, answer in ((X.iloc[:, :5], "predict"), (X, "predict_proba")):
         info = mlflow.sklearn.log_model(
@@ -289,8 +289,8 @@ def test_a_table_with_other_columns_leaves_production_and_registry_alone(tmp_pat
 
 
 def test_a_bad_example_and_a_constant_answer_are_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the store remembers where it was made
     store(tmp_path)
-    monkeypatch.chdir(tmp_path)
     X, y = hold_out()
     info = mlflow.sklearn.log_model(
         DummyClassifier().fit(X, y),
@@ -564,8 +564,8 @@ def test_the_guide_names_this_version_and_every_platform(guide):
 
 
 def test_the_readme_snippet_swaps_without_a_failed_or_mixed_answer(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the store remembers where it was made
     store(tmp_path)
-    monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S)
     (snippet,) = (block for block in blocks if "class LiveModel" in block)
     names = {}
