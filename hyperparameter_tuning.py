@@ -118,6 +118,7 @@ def main():
             mlflow.delete_run(run_id)  # it was cut short
         done = set(find_trials(parent).get("runName", []))
         todo = {name: params for name, params in trials.items() if name not in done}
+    print(f"{len(todo)} trials of {FOLDS} folds each, the costliest first", flush=True)
     tasks = [delayed(run_trial)(name, todo[name], X, y) for name in reversed(todo)]
     ctrl_c = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the workers inherit it: no tracebacks
     results = Parallel(n_jobs=-1, return_as="generator_unordered")(tasks)  # starts, does not wait
@@ -142,8 +143,9 @@ def main():
         model_id = log_model(model.fit(X, y), X)
         mlflow.log_params({f"best_{name}": repr(value) for name, value in best_params.items()})
         mlflow.log_metric("best_cv_accuracy", best["cv_accuracy"], model_id=model_id, dataset=train)
-        score, constant = model.score(X_test, y_test), y_test.value_counts(normalize=True).max()
+        score = model.score(X_test, y_test)
         mlflow.log_metric("test_accuracy", score, model_id=model_id, dataset=test)
+        constant = y_test.value_counts(normalize=True).max()
         mlflow.log_metric("baseline_test_accuracy", constant, dataset=test)
         mlflow.log_metric("search_seconds", time.perf_counter() - start)
         *down, across = PARAM_GRID
@@ -169,7 +171,10 @@ def main():
 
 # The rest is the same in all three scripts: rows, preprocessing, store, model, errors.
 def load_data(csv=None, target="diagnosis"):
-    """Yield X, y, MLflow's data set of training part and hold-out. Raises OSError, ValueError."""
+    """Yield features, labels and MLflow's data set: of the training part, then of the hold-out.
+
+    Raises OSError or ValueError if the table cannot be read, or the target not be learnt from it.
+    """
     demo = load_breast_cancer(as_frame=True)
     table = demo.data.assign(diagnosis=demo.target_names[demo.target])
     table = table if csv is None else pd.read_csv(csv, low_memory=False)

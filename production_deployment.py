@@ -221,7 +221,10 @@ def main():
 
 # The rest is the same in all three scripts: rows, preprocessing, store, model, errors.
 def load_data(csv=None, target="diagnosis"):
-    """Yield X, y, MLflow's data set of training part and hold-out. Raises OSError, ValueError."""
+    """Yield features, labels and MLflow's data set: of the training part, then of the hold-out.
+
+    Raises OSError or ValueError if the table cannot be read, or the target not be learnt from it.
+    """
     demo = load_breast_cancer(as_frame=True)
     table = demo.data.assign(diagnosis=demo.target_names[demo.target])
     table = table if csv is None else pd.read_csv(csv, low_memory=False)

@@ -216,7 +216,7 @@ def test_a_server_that_goes_away_ends_in_one_line_and_keeps_what_was_logged(tmp_
             stderr=subprocess.PIPE,
             text=True,
         )
-        for _ in range(4):  # a line for the start, then one for each trial
+        for _ in range(5):  # two lines for the start, then one for each trial
             search.stdout.readline()
         os.killpg(server.pid, signal.SIGKILL)
         out, err = search.communicate(timeout=60)
