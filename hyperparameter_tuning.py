@@ -118,7 +118,7 @@ def main():
             mlflow.delete_run(run_id)  # it was cut short
         done = set(find_trials(parent).get("runName", []))
         todo = {name: params for name, params in trials.items() if name not in done}
-    print(f"{len(todo)} trials of {FOLDS} folds each, the costliest first", flush=True)
+    print(f"{len(todo)} trials of {FOLDS} folds each", flush=True)
     tasks = [delayed(run_trial)(name, todo[name], X, y) for name in reversed(todo)]
     ctrl_c = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the workers inherit it: no tracebacks
     results = Parallel(n_jobs=-1, return_as="generator_unordered")(tasks)  # starts, does not wait
