@@ -1,17 +1,31 @@
-"""Tune a random forest with MLflow: one parent run for the search, one child run a combination.
+"""Tune a random forest with MLflow: a parent run for the search, a child run for each trial.
 
-Tries 27 combinations by cross-validation on the training part of scikit-learn's breast cancer data,
-asks MLflow which was best, refits it and scores it once on the hold-out. What you will see: the
-depth of the trees matters most, and a fifth of the cost comes within the noise of the best.
+27 combinations of three settings are cross-validated on the training part of scikit-learn's breast
+cancer data. MLflow is asked for the best. It is refitted, and scored once on the hold-out. You will
+see that the depth of the trees matters most, and that a forest that costs a fifth of the best one
+to train is within one standard error of it.
+
+    python hyperparameter_tuning.py
+    python hyperparameter_tuning.py --csv customers.csv --target churned --metric f1
+    python hyperparameter_tuning.py --resume RUN_ID
 
 It leaves this in the store (sqlite:///mlflow.db, or MLFLOW_TRACKING_URI where that is set):
 
     experiment hyperparameter-tuning
-    └── grid-search       best_* parameters, best_cv_accuracy, test_accuracy, grid.html, the `model`
+    └── grid-search       the best parameters and scores, grid.html, search.png, the model `model`
         └── trial-0001    … trial-0027: parameters, cv_accuracy, cv_accuracy_std, fit_seconds
 """
 
-import contextlib
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "mlflow>=3.11.1,<3.18",
+#     "scikit-learn>=1.7,<1.10",
+#     "pandas>=2.2,<3.2",
+#     "numpy>=1.26,<2.5",
+# ]
+# ///
+
 import logging
 import os
 import re
@@ -19,22 +33,42 @@ import shlex
 import signal
 import sqlite3
 import sys
+import threading
 import time
 import warnings
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import quote, unquote
 
 import mlflow
+import numpy as np
 import pandas as pd
-import requests
+import sqlalchemy
 from joblib import Parallel, delayed, parallel_config
+from matplotlib.figure import Figure
 from sklearn.compose import make_column_transformer
 from sklearn.datasets import load_breast_cancer
+from sklearn.dummy import DummyClassifier
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.impute import SimpleImputer
-from sklearn.model_selection import ParameterGrid, StratifiedKFold, cross_validate, train_test_split
+from sklearn.metrics import (
+    accuracy_score,
+    balanced_accuracy_score,
+    f1_score,
+    make_scorer,
+    precision_score,
+    recall_score,
+)
+from sklearn.model_selection import (
+    ParameterGrid,
+    StratifiedKFold,
+    cross_validate,
+    train_test_split,
+)
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
@@ -42,217 +76,673 @@ EXPERIMENT = "hyperparameter-tuning"
 SEED = 42  # of the split, the folds and the forests
 TEST_SIZE = 0.2  # share of the rows that no trial sees
 FOLDS = 5
-PARAM_GRID = {  # cheap to costly: of equals the first wins, the last start first, else cores idle
+
+# The values of each parameter, from cheap to costly.
+PARAM_GRID = {
     "max_depth": [1, 3, 9],
     "max_features": [0.1, 0.3, 0.9],  # share of the features that each split chooses from
     "n_estimators": [20, 100, 300],
 }
-TRUSTED = ["numpy.dtype", "sklearn.tree._tree.Tree"]  # types that skops does not know: no code
+
+# What --metric offers: functions of the true and the predicted classes. The greater score is the
+# better one, everywhere: an error would stand here as its negative, as in scikit-learn's scorers.
+METRICS = {
+    "accuracy": accuracy_score,
+    "balanced_accuracy": balanced_accuracy_score,
+    "f1": partial(f1_score, average="macro", zero_division=0),
+    "precision": partial(precision_score, average="macro", zero_division=0),
+    "recall": partial(recall_score, average="macro", zero_division=0),
+}
+
+# Types that skops does not know, and may load all the same: they run no code.
+TRUSTED = [
+    "numpy.dtype",
+    "sklearn.tree._tree.Tree",
+    "sklearn.ensemble._hist_gradient_boosting.predictor.TreePredictor",
+]
 
 
-def run_trial(name, params, X, y):
-    """Cross-validate one combination; return its name, its metrics and the error if it raised."""
-    folds = StratifiedKFold(FOLDS, shuffle=True, random_state=SEED)
-    model = with_preprocessing(RandomForestClassifier(**params, random_state=SEED), X)
-    try:
-        with parallel_config("sequential"):  # the trials are parallel, nothing within them
-            scores = cross_validate(model, X, y, cv=folds, scoring="accuracy", error_score="raise")
-    except Exception as error:  # one bad combination must not end the search
-        return name, {}, f"{type(error).__name__}: {error}"
-    accuracy, seconds = scores["test_score"], scores["fit_time"].mean()  # for one of the fits
-    # Rounded, so that equal means are equal: the last bits depend on the order of the sum.
-    metrics = {"cv_accuracy": accuracy.mean().round(12), "cv_accuracy_std": accuracy.std()}
-    return name, metrics | {"fit_seconds": seconds}, None
+class UserError(Exception):
+    """Something that the user can mend: run_as_program prints it without a traceback."""
 
 
-def log_trial(parent, name, params, metrics, error, dataset):
-    """Log one trial as a child of the run `parent`: FAILED if it has an error."""
-    tags = {"error": error} if error else {}
-    with mlflow.start_run(run_name=name, parent_run_id=parent.info.run_id, tags=tags):
-        mlflow.log_params(params)
-        mlflow.log_metrics(metrics, dataset=dataset)
-        mlflow.end_run("FAILED" if error else "FINISHED")
+def main(argv=None):
+    args = parse_args(argv)
+    metric = args.metric
+    train, test = load_data(args.csv, args.target, TEST_SIZE, SEED)
+    trials = make_trials(PARAM_GRID)
+    settings = describe_search(PARAM_GRID, metric, FOLDS, SEED, train)
+
+    todo = trials
+    if args.resume is not None:
+        open_store(EXPERIMENT)
+        todo = unfinished_trials(args.resume, trials, settings)
+
+    print(f"{len(todo)} trials of {FOLDS} folds each", flush=True)
+    started = time.perf_counter()
+    with start_trials(todo, train, metric, METRICS[metric], FOLDS, SEED) as results:
+        # It takes seconds to make a new store. The trials run meanwhile.
+        experiment_id = open_store(EXPERIMENT)
+
+        with mlflow.start_run(run_id=args.resume, run_name="grid-search") as search:
+            mlflow.log_params(settings)
+            log_rows(training=train, testing=test)
+            try:
+                for trial in show_progress(results, metric, len(todo)):
+                    log_trial(trial, train.dataset)
+            except KeyboardInterrupt:
+                mlflow.end_run("KILLED")
+                return say_how_to_resume(search.info.run_id, argv)
+
+            ranked = rank_trials(search.info.run_id, metric)
+            if ranked.empty:
+                mlflow.end_run("FAILED")
+                return say_that_all_failed(trials)
+
+            best_params = trials[ranked["tags.mlflow.runName"].iloc[0]]
+            model = make_forest(best_params, train.X, SEED).fit(train.X, train.y)
+            model_id = log_model(model, train.X, TRUSTED)
+            log_best(best_params, PARAM_GRID, ranked, model_id, metric, train)
+            log_hold_out(model, model_id, metric, METRICS[metric], train, test)
+            log_pictures(ranked, PARAM_GRID, metric)
+            mlflow.log_metric("search_seconds", time.perf_counter() - started)
+
+    print_report(search.info.run_id, metric, PARAM_GRID, FOLDS)
+    print(where_to_look(experiment_id, f"metrics.`cv_{metric}`"))
+    print(next_command("model_comparison.py", "--tuned", search.info.run_id, args=args))
+    return 0
 
 
-def log_trials(results, trials, dataset):
-    """Log and print each result as it comes: a child of the active run, visible at once."""
-    start, total, parent = time.perf_counter(), len(trials), mlflow.active_run()
-    # In a thread, which is waited for: Ctrl-C in the middle of a write would leave SQLite locked.
-    with contextlib.closing(results), ThreadPoolExecutor(1) as thread:  # closed: no more workers
-        for done, (name, metrics, error) in enumerate(results, 1):
-            thread.submit(log_trial, parent, name, trials[name], metrics, error, dataset).result()
-            left = (time.perf_counter() - start) * (total / done - 1)
-            text = error or "accuracy {cv_accuracy:.4f} ± {cv_accuracy_std:.4f}".format(**metrics)
-            print(f"{done:3}/{total} {left:4.0f} s left {name}  {text}  {trials[name]}", flush=True)
-
-
-def find_trials(parent, status="FINISHED"):
-    """Return the parent's children as a DataFrame, best first; with equal scores, by their name."""
-    runs = mlflow.search_runs(
-        [parent.info.experiment_id],
-        f"tags.mlflow.parentRunId = '{parent.info.run_id}' AND attributes.status = '{status}'",
-        order_by=["metrics.cv_accuracy DESC", "attributes.run_name ASC"],
-    )
-    return runs.rename(columns=lambda name: name.split(".")[-1])
-
-
-def main():
+def parse_args(argv):
+    """Return the options of the command line."""
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--csv", metavar="FILE", help="learn from this table instead")
     parser.add_argument("--target", default="diagnosis", help="its column that holds the classes")
+    parser.add_argument("--metric", choices=METRICS, default="accuracy", help="what decides")
     parser.add_argument("--resume", metavar="RUN_ID", help="continue a search that was cut short")
-    args, start = parser.parse_args(), time.perf_counter()
-    warnings.filterwarnings("ignore", r"\d+ tasks ")  # of joblib, should the search end early
-    (X, y, train), (X_test, y_test, test) = load_data(args.csv, args.target)
-    plan = {"grid": str(PARAM_GRID), "folds": f"{FOLDS}, seed {SEED}", "rows": train.digest}
-    grid = pd.DataFrame(ParameterGrid(PARAM_GRID), dtype=object).to_dict("records")  # not NumPy's
-    trials = todo = {f"trial-{n:04}": params for n, params in enumerate(grid, 1)}
-    RandomForestClassifier().set_params(**trials["trial-0001"])  # raises if one is unknown
-    if args.resume is not None or "MLFLOW_TRACKING_URI" in os.environ:
-        open_store(EXPERIMENT)  # before the workers start: it may be unreachable
-    if args.resume is not None:
-        parent = mlflow.get_run(args.resume)
-        if parent.info.status == "FINISHED" or not plan.items() <= parent.data.params.items():
-            raise ValueError(f"{args.resume} is not an unfinished search of this grid and rows")
-        for run_id in find_trials(parent, "RUNNING")["run_id"]:
-            mlflow.delete_run(run_id)  # it was cut short
-        done = set(find_trials(parent).get("runName", []))
-        todo = {name: params for name, params in trials.items() if name not in done}
-    print(f"{len(todo)} trials of {FOLDS} folds each", flush=True)
-    tasks = [delayed(run_trial)(name, todo[name], X, y) for name in reversed(todo)]
-    ctrl_c = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the workers inherit it: no tracebacks
-    results = Parallel(n_jobs=-1, return_as="generator_unordered")(tasks)  # starts, does not wait
-    signal.signal(signal.SIGINT, ctrl_c)
-    _, look = open_store(EXPERIMENT)  # a new one takes seconds: the workers train meanwhile
-    with mlflow.start_run(run_id=args.resume, run_name="grid-search") as parent:
-        mlflow.log_params(plan)
-        with contextlib.suppress(mlflow.MlflowException):  # another makes them now: ask again
-            mlflow.log_inputs([train, test], ["training", "testing"], [None, None])
-        mlflow.log_inputs([train, test], ["training", "testing"], [None, None])
-        try:
-            log_trials(results, todo, train)
-        except KeyboardInterrupt:
-            mlflow.end_run("KILLED")
-            command = shlex.join(["python", *sys.argv, "--resume", parent.info.run_id])
-            parser.exit(130, f"\nStopped. The finished trials are kept; to go on: {command}\n")
-        found = find_trials(parent)
-        if found.empty:  # leaving the block by an exit marks the parent FAILED
-            parser.exit(1, f"All {len(trials)} trials failed; their tag `error` says why\n")
-        best, best_params = found.iloc[0], trials[found["runName"].iloc[0]]
-        model = with_preprocessing(RandomForestClassifier(**best_params, random_state=SEED), X)
-        model_id = log_model(model.fit(X, y), X)
-        mlflow.log_params({f"best_{name}": repr(value) for name, value in best_params.items()})
-        mlflow.log_metric("best_cv_accuracy", best["cv_accuracy"], model_id=model_id, dataset=train)
-        score = model.score(X_test, y_test)
-        mlflow.log_metric("test_accuracy", score, model_id=model_id, dataset=test)
-        constant = y_test.value_counts(normalize=True).max()
-        mlflow.log_metric("baseline_test_accuracy", constant, dataset=test)
-        mlflow.log_metric("search_seconds", time.perf_counter() - start)
-        *down, across = PARAM_GRID
-        table = found.sort_values("runName").pivot_table("cv_accuracy", down, across, sort=False)
-        mlflow.log_text(table.style.background_gradient("Blues", axis=None).to_html(), "grid.html")
-
-    metrics = mlflow.get_run(parent.info.run_id).data.metrics
-    # The rule of Breiman et al., Classification and Regression Trees (1984), section 3.4.3.
-    floor = best["cv_accuracy"] - best["cv_accuracy_std"] / (FOLDS - 1) ** 0.5
-    cheap = found[found["cv_accuracy"] >= floor].sort_values("fit_seconds").iloc[0]
-    share, compute = cheap["fit_seconds"] / best["fit_seconds"], found["fit_seconds"].sum() * FOLDS
-    columns = ["runName", "cv_accuracy", "cv_accuracy_std", "fit_seconds", *PARAM_GRID]
-    print(f"\nThe five best of {len(found)} trials, by their mean accuracy over {FOLDS} folds:")
-    print(found[columns].head().to_string(index=False, float_format="{:.4f}".format))
-    print(f"\nBest parameters:   {best_params}\nHold-out accuracy: {metrics['test_accuracy']:.4f}")
-    print(f"Baseline, always the most frequent class: {metrics['baseline_test_accuracy']:.4f}")
-    print(f"Cheapest within one standard error: {cheap['runName']}, {share:.0%} of the time to fit")
-    print(f"Cost: {compute:.0f} s of fitting in {metrics['search_seconds']:.0f} s\n\nLook:  {look}")
-    own_data = ["--csv", args.csv, "--target", args.target] if args.csv else []
-    script = str(Path(sys.argv[0]).with_name("model_comparison.py"))
-    print("Next: ", shlex.join(["python", script, "--tuned", parent.info.run_id, *own_data]))
+    return parser.parse_args(argv)
 
 
-# The rest is the same in all three scripts: rows, preprocessing, store, model, errors.
-def load_data(csv=None, target="diagnosis"):
-    """Yield features, labels and MLflow's data set: of the training part, then of the hold-out.
+def make_trials(grid):
+    """Return the parameters of each combination of the grid, by the name of its trial.
 
-    Raises OSError or ValueError if the table cannot be read, or the target not be learnt from it.
+    Raises UserError if the forest does not know one of the parameters.
     """
-    demo = load_breast_cancer(as_frame=True)
-    table = demo.data.assign(diagnosis=demo.target_names[demo.target])
-    table = table if csv is None else pd.read_csv(csv, low_memory=False)
-    name = "-".join(re.findall("[a-z0-9]+", Path(csv or "breast-cancer").stem.lower())) or "table"
+    try:
+        RandomForestClassifier().set_params(**dict.fromkeys(grid))
+    except ValueError as error:
+        raise UserError(f"PARAM_GRID: {error}") from error
+    # NumPy's numbers become Python's, which can be logged and read back.
+    lists = {name: np.asarray(values, dtype=object).tolist() for name, values in grid.items()}
+    combinations = ParameterGrid(lists)
+    return {f"trial-{number:04}": params for number, params in enumerate(combinations, start=1)}
+
+
+def describe_search(grid, metric, n_folds, seed, train):
+    """Return what a search must have in common with one that it continues."""
+    return {
+        "grid": str(grid),
+        "metric": metric,
+        "folds": f"{n_folds}, seed {seed}",
+        "rows": train.dataset.digest,
+    }
+
+
+def unfinished_trials(search_id, trials, settings):
+    """Return those of the trials that a search which was cut short has not finished.
+
+    A trial that was being logged is deleted, to be run again. Raises UserError if the run is not
+    an unfinished search with these settings.
+    """
+    search = mlflow.get_run(search_id)
+    same = settings.items() <= search.data.params.items()
+    if search.info.status == "FINISHED" or not same:
+        raise UserError(f"{search_id} is not an unfinished search of this grid, metric and rows")
+
+    children = mlflow.search_runs(
+        [search.info.experiment_id],
+        f"tags.mlflow.parentRunId = '{search_id}'",
+        output_format="list",
+    )
+    finished = set()
+    for child in children:
+        if child.info.status == "RUNNING":
+            mlflow.delete_run(child.info.run_id)
+        if child.info.status == "FINISHED":
+            finished.add(child.info.run_name)
+    return {name: params for name, params in trials.items() if name not in finished}
+
+
+class Trial(NamedTuple):
+    """A combination of parameters and what came of it."""
+
+    name: str
+    params: dict
+    metrics: dict  # empty if it failed
+    error: str  # empty if it did not fail
+
+
+@contextmanager
+def start_trials(trials, train, metric, score, n_folds, seed):
+    """Start the trials on all cores; yield an iterator over each Trial as soon as it is done.
+
+    At the end of the `with` block, what still runs is stopped.
+    """
+    options = {"metric": metric, "score": score, "n_folds": n_folds, "seed": seed}
+    # The costly ones stand last in the grid. They start first, so that no core idles at the end.
+    tasks = [
+        delayed(try_trial)(name, trials[name], train.X, train.y, **options)
+        for name in reversed(trials)
+    ]
+    # The workers inherit this. On Ctrl-C they say nothing: this process stops them.
+    ctrl_c = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    results = Parallel(n_jobs=-1, return_as="generator_unordered")(tasks)
+    signal.signal(signal.SIGINT, ctrl_c)
+    try:
+        yield results
+    finally:
+        with warnings.catch_warnings(action="ignore"):
+            # joblib warns about trials that it gives up, and on a machine without `pgrep`.
+            results.close()
+
+
+def try_trial(name, params, X, y, **options):
+    """Return the Trial of these parameters. One that raises must not end the search."""
+    try:
+        metrics = run_trial(params, X, y, **options)
+    except Exception as error:
+        return Trial(name, params, {}, f"{type(error).__name__}: {error}")
+    return Trial(name, params, metrics, error="")
+
+
+def run_trial(params, X, y, metric, score, n_folds, seed):
+    """Cross-validate a forest with these parameters and return its metrics.
+
+    cv_METRIC and cv_METRIC_std are the mean and the standard deviation over the folds,
+    fit_seconds is the mean time of one fit.
+    """
+    folds = StratifiedKFold(n_folds, shuffle=True, random_state=seed)
+    model = make_forest(params, X, seed)
+    scorer = make_scorer(score)
+    with parallel_config("sequential"):  # trials run side by side, so nothing within them does
+        results = cross_validate(model, X, y, cv=folds, scoring=scorer, error_score="raise")
+    return {
+        # Rounded, so that equal means are equal: the last bits depend on the order of the sum.
+        f"cv_{metric}": results["test_score"].mean().round(12),
+        f"cv_{metric}_std": results["test_score"].std(),
+        "fit_seconds": results["fit_time"].mean(),
+    }
+
+
+def make_forest(params, X, seed):
+    """Return an unfitted forest with these parameters, for raw rows with the columns of X."""
+    return add_preprocessing(RandomForestClassifier(**params, random_state=seed), X)
+
+
+def show_progress(results, metric, total):
+    """Pass each trial on; after it has been logged, print it and the time that is left."""
+    started = time.perf_counter()
+    for done, trial in enumerate(results, start=1):
+        yield trial
+        seconds_left = (time.perf_counter() - started) * (total - done) / done
+        outcome = trial.error
+        if not outcome:
+            mean = trial.metrics[f"cv_{metric}"]
+            deviation = trial.metrics[f"cv_{metric}_std"]
+            outcome = f"{metric} {mean:.4f} ± {deviation:.4f}"
+        line = f"{done:3}/{total} {seconds_left:4.0f} s left  {trial.name}  {outcome}"
+        print(f"{line}  {format_params(trial.params)}", flush=True)
+
+
+def log_trial(trial, dataset):
+    """Log a trial as a child of the active run: FAILED, with the error as a tag, if it raised."""
+    with mlflow.start_run(run_name=trial.name, nested=True):
+        mlflow.log_params(trial.params)
+        mlflow.log_metrics(trial.metrics, dataset=dataset)
+        if trial.error:
+            mlflow.set_tag("error", trial.error)
+            mlflow.end_run("FAILED")
+
+
+def rank_trials(search_id, metric):
+    """Ask MLflow for the finished trials of a search: a DataFrame, the best first.
+
+    Equal scores are in the order of the grid, so that the cheaper one wins.
+    """
+    return mlflow.search_runs(
+        [mlflow.get_run(search_id).info.experiment_id],
+        f"tags.mlflow.parentRunId = '{search_id}' AND attributes.status = 'FINISHED'",
+        order_by=[f"metrics.cv_{metric} DESC", "attributes.run_name ASC"],
+    )
+
+
+def cheapest_within_one_standard_error(ranked, metric, n_folds):
+    """Return the trial that is cheapest to fit of those that score practically like the best.
+
+    That is, at most one standard error below it: the rule of Breiman et al., Classification and
+    Regression Trees (1984), section 3.4.3. `ranked` has the best trial first.
+    """
+    scores = ranked[f"metrics.cv_{metric}"]
+    # NumPy's standard deviation divides by n, so the standard error of the mean divides by n - 1.
+    standard_error = ranked[f"metrics.cv_{metric}_std"].iloc[0] / (n_folds - 1) ** 0.5
+    close = ranked[scores >= scores.iloc[0] - standard_error]
+    return close.loc[close["metrics.fit_seconds"].idxmin()]
+
+
+def log_best(params, grid, ranked, model_id, metric, train):
+    """Log the parameters that were chosen, and what chose them, to the active run."""
+    mlflow.log_params({f"best_{name}": repr(value) for name, value in params.items()})
+    cv_score = ranked[f"metrics.cv_{metric}"].iloc[0]
+    mlflow.log_metric(f"best_cv_{metric}", cv_score, model_id=model_id, dataset=train.dataset)
+    for name, advice in values_at_the_edge(params, grid).items():
+        mlflow.set_tag(f"edge_{name}", advice)
+    for name, scores in mean_scores(ranked, grid, metric).items():
+        mlflow.log_metric(f"spread_{name}", scores.max() - scores.min())
+
+
+def log_hold_out(model, model_id, metric, score, train, test):
+    """Score a fitted model on the hold-out, and beside it the most frequent class as an answer."""
+    test_score = score(test.y, model.predict(test.X))
+    mlflow.log_metric(f"test_{metric}", test_score, model_id=model_id, dataset=test.dataset)
+    baseline = DummyClassifier().fit(train.X, train.y)
+    baseline_score = score(test.y, baseline.predict(test.X))
+    mlflow.log_metric(f"baseline_test_{metric}", baseline_score, dataset=test.dataset)
+
+
+def log_pictures(ranked, grid, metric):
+    """Log the scores over the grid to the active run, as a table and as a picture."""
+    table = scores_over_grid(ranked, grid, metric)
+    mlflow.log_text(table.style.background_gradient("Blues", axis=None).to_html(), "grid.html")
+    mlflow.log_figure(draw_search(table, mean_scores(ranked, grid, metric), metric), "search.png")
+
+
+def scores_over_grid(ranked, grid, metric):
+    """Return the scores as a table: the last parameter of the grid across, the others down."""
+    columns = {f"params.{name}": name for name in grid}
+    in_grid_order = ranked.sort_values("tags.mlflow.runName").rename(columns=columns)
+    *down, across = grid
+    return in_grid_order.pivot_table(f"metrics.cv_{metric}", down, across, sort=False)
+
+
+def mean_scores(ranked, grid, metric):
+    """Return the mean score of the trials with each value of each parameter: {name: Series}."""
+    means = {}
+    for name, values in grid.items():
+        by_value = ranked.groupby(f"params.{name}")[f"metrics.cv_{metric}"].mean()
+        means[name] = by_value.reindex([str(value) for value in values])
+    return means
+
+
+def draw_search(table, means, metric):
+    """Return a figure: the scores over the grid, and the mean score by each parameter's values."""
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    grid_axes, means_axes = figure.subplots(1, 2)
+
+    image = grid_axes.imshow(table, cmap="Blues", aspect="auto")
+    figure.colorbar(image, ax=grid_axes, label=f"Cross-validated {metric}")
+    grid_axes.set_xticks(range(len(table.columns)), table.columns)
+    grid_axes.set_yticks(range(len(table)), [str(values) for values in table.index])
+    grid_axes.set(xlabel=table.columns.name, ylabel=", ".join(map(str, table.index.names)))
+    grid_axes.set_title("Every trial")
+
+    for name, scores in means.items():
+        means_axes.plot(scores, [name] * len(scores), marker="o")
+        for value, score in scores.items():
+            means_axes.annotate(
+                value, (score, name), (0, 8), textcoords="offset points", ha="center"
+            )
+    means_axes.set(xlabel=f"Mean {metric} of the trials with this value")
+    means_axes.set_title("The wider the line, the more the parameter matters")
+    means_axes.margins(y=0.3)
+    return figure
+
+
+def values_at_the_edge(params, grid):
+    """Return those of the parameters whose value is the smallest or the largest one tried.
+
+    The best may lie beyond it. A dict of sentences that say which way to widen the grid.
+    """
+    edges = {}
+    for name, values in grid.items():
+        if len(values) < 2 or not all(isinstance(value, (int, float)) for value in values):
+            continue
+        if params[name] == max(values):
+            edges[name] = f"{params[name]} is the largest value tried; try larger ones"
+        if params[name] == min(values):
+            edges[name] = f"{params[name]} is the smallest value tried; try smaller ones"
+    return edges
+
+
+def format_params(params):
+    """Return parameters as they would stand in a call."""
+    return ", ".join(f"{name}={value!r}" for name, value in params.items())
+
+
+def print_report(search_id, metric, grid, n_folds):
+    """Print what a search found, as MLflow has it."""
+    data = mlflow.get_run(search_id).data
+    ranked = rank_trials(search_id, metric)
+    print(f"\nThe five best of {len(ranked)} trials, by their mean {metric} over {n_folds} folds:")
+    print(format_trials(ranked.head(), grid, metric).to_string(index=False))
+
+    best_params = ", ".join(f"{name}={data.params[f'best_{name}']}" for name in grid)
+    test_score = data.metrics[f"test_{metric}"]
+    baseline_score = data.metrics[f"baseline_test_{metric}"]
+    print(f"\nBest parameters  {best_params}")
+    print(f"Hold-out         {metric} {test_score:.4f}")
+    print(f"Baseline         {metric} {baseline_score:.4f}, always the most frequent class")
+
+    cheapest = cheapest_within_one_standard_error(ranked, metric, n_folds)
+    share = cheapest["metrics.fit_seconds"] / ranked["metrics.fit_seconds"].iloc[0]
+    trial = cheapest["tags.mlflow.runName"]
+    print(f"Cheapest         {trial}: within one standard error, {share:.0%} of the time to fit")
+
+    spreads = {name: data.metrics[f"spread_{name}"] for name in grid}
+    by_spread = sorted(spreads, key=spreads.get, reverse=True)
+    what_matters = ", ".join(f"{name} {spreads[name]:.4f}" for name in by_spread)
+    print(f"What matters     {what_matters}: spread of the mean {metric} over its values")
+    for name in grid:
+        if f"edge_{name}" in data.tags:
+            print(f"At the edge      {name}: {data.tags[f'edge_{name}']}")
+
+    fitting = n_folds * ranked["metrics.fit_seconds"].sum()
+    print(
+        f"Cost             {fitting:.0f} s of fitting in {data.metrics['search_seconds']:.0f} s\n"
+    )
+
+
+def format_trials(ranked, grid, metric):
+    """Return a table of trials to be printed, with units."""
+    means = ranked[f"metrics.cv_{metric}"].map("{:.4f}".format)
+    deviations = ranked[f"metrics.cv_{metric}_std"].map("{:.4f}".format)
+    table = pd.DataFrame({"trial": ranked["tags.mlflow.runName"]})
+    table[metric] = means + " ± " + deviations
+    table["fit"] = ranked["metrics.fit_seconds"].map("{:.3f} s".format)
+    for name in grid:
+        table[name] = ranked[f"params.{name}"]
+    return table
+
+
+def say_how_to_resume(search_id, argv):
+    """Print how to continue a search that Ctrl-C has stopped; return the exit code for that."""
+    arguments = sys.argv[1:] if argv is None else argv
+    command = shlex.join(["python", sys.argv[0], *arguments, "--resume", search_id])
+    print(f"\nStopped. The finished trials are kept; to go on: {command}", file=sys.stderr)
+    return 130
+
+
+def say_that_all_failed(trials):
+    """Print where to look for the reason; return the exit code for that."""
+    print(f"All {len(trials)} trials failed; their tag `error` says why", file=sys.stderr)
+    return 1
+
+
+# The rest is the same in all three scripts, so you need to read it only once:
+# rows, model, store, and how a program ends.
+
+
+class Rows(NamedTuple):
+    """Rows of a table, and the MLflow data set that describes them."""
+
+    X: pd.DataFrame  # the features
+    y: pd.Series  # the classes, as text
+    dataset: mlflow.entities.Dataset
+
+
+def load_data(csv=None, target="diagnosis", test_size=0.2, seed=42):
+    """Load a table and split it into training rows and hold-out rows, stratified by class.
+
+    The table is a CSV file with a header, or scikit-learn's breast cancer data. Rows without a
+    class are left out. Numbers and true/false become floats, which can hold gaps; text stays.
+    Returns two Rows. Raises UserError if the table cannot be read, or the target not be learned.
+    """
+    name, table = read_table(csv)
     if target not in table or len(table.columns) < 2:
-        raise ValueError(f"{name} needs {target!r} and more, but has {', '.join(map(repr, table))}")
-    labels = table.pop(target).dropna().convert_dtypes().astype(str)  # in spite of gaps 1, not 1.0
+        columns = ", ".join(repr(column) for column in table)
+        raise UserError(f"{name} needs {target!r} and more columns, but has {columns}")
+
+    # As text, a class is the same in the table, in a request and in an answer.
+    labels = table[target].dropna().convert_dtypes().astype(str)
+    features = table.drop(columns=target).loc[labels.index]
+    features = features.apply(lambda column: column.astype("float64", errors="ignore"))
     print(f"{name}: {len(labels)} of {len(table)} rows have a {target!r}", flush=True)
-    least, count = int(FOLDS / (1 - TEST_SIZE)) + 1, labels.value_counts().tail().to_dict()
-    if len(count) < 2 or min(count.values()) < least:
-        raise ValueError(f"{target!r} needs 2 or more classes of {least} or more rows, has {count}")
-    table = table.apply(lambda column: column.astype("float64", errors="ignore"))  # text stays
-    for column in table.select_dtypes(exclude="number"):
-        if table[column].dropna().str.match(r"\d{1,4}[-/.]\d\d?[-/.]\d{1,4}\b(?!\.)").all():
-            raise ValueError(f"column {column!r} holds dates: turn them into numbers, such as days")
-    with_preprocessing("passthrough", table).fit(table)  # raises if a number is infinite
-    table = table.loc[labels.index].assign(**{target: labels})
-    parts = train_test_split(table, test_size=TEST_SIZE, stratify=labels, random_state=SEED)
-    for part, kind in zip(parts, ("train", "test"), strict=True):
-        dataset = mlflow.data.from_pandas(part, targets=target, name=f"{name}-{kind}")
-        yield part.drop(columns=target), part[target], dataset
+    check_labels(labels)
+    check_features(features)
+
+    parts = train_test_split(
+        features, labels, test_size=test_size, stratify=labels, random_state=seed
+    )
+    X_train, X_test, y_train, y_test = parts
+    return make_rows(X_train, y_train, f"{name}-train"), make_rows(X_test, y_test, f"{name}-test")
 
 
-def with_preprocessing(model, X):
-    """Return a pipeline that takes raw rows like X: it fills gaps, scales numbers, encodes text."""
+def read_table(csv):
+    """Return the name and the DataFrame of a CSV file, or of the breast cancer data if None."""
+    if csv is None:
+        data = load_breast_cancer(as_frame=True)
+        return "breast-cancer", data.data.assign(diagnosis=data.target_names[data.target])
+    try:
+        table = pd.read_csv(csv, low_memory=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {csv}: {error}") from error
+    words = re.findall("[a-z0-9]+", Path(csv).stem.lower())
+    return "-".join(words) or "table", table
+
+
+def check_labels(labels, fewest=7):
+    """Raise UserError unless there are two classes or more, each of `fewest` rows or more.
+
+    Of seven rows, five or more are in the training part: one for each of five folds.
+    """
+    counts = labels.value_counts()
+    if len(counts) < 2 or counts.min() < fewest:
+        raise UserError(
+            f"{labels.name!r} needs 2 or more classes of {fewest} or more rows each, "
+            f"but the rarest have {counts.tail().to_dict()}"
+        )
+
+
+def check_features(features):
+    """Raise UserError if a number is infinite; point out columns of nearly all different text."""
+    numbers = features.select_dtypes("number")
+    infinite = numbers.columns[np.isinf(numbers).any()]
+    if len(infinite):
+        raise UserError(f"column {infinite[0]!r} has infinite numbers: leave them empty")
+    for column in features.select_dtypes(exclude="number"):
+        different = features[column].nunique()
+        if different > 0.9 * features[column].count() > 20:
+            print(f"Note: column {column!r} has {different} different texts, which teach little.")
+
+
+def make_rows(X, y, name):
+    """Return Rows with an MLflow data set of this name."""
+    table = pd.concat([X, y], axis="columns")
+    return Rows(X, y, mlflow.data.from_pandas(table, targets=y.name, name=name))
+
+
+def add_preprocessing(model, X):
+    """Return a pipeline of the model that takes raw rows with the columns of X.
+
+    In a number, a gap becomes the mean of its column; then all numbers are scaled. In text, a gap
+    becomes a value of its own. Each of the 20 most frequent values of a column of text becomes a
+    column of zeros and ones; a value that was never seen in training is ignored.
+    """
     numbers = make_pipeline(SimpleImputer(keep_empty_features=True), StandardScaler())
-    word = {"strategy": "constant", "keep_empty_features": True}  # of its own, for every gap
-    gaps = [SimpleImputer(missing_values=gap, **word) for gap in (float("nan"), None)]  # JSON: None
-    words = OneHotEncoder(handle_unknown="ignore", max_categories=20, sparse_output=False)
-    numeric = (numbers, list(X.select_dtypes("number")))
-    columns = make_column_transformer(numeric, remainder=make_pipeline(*gaps, words))
+    gap_value = {"strategy": "constant", "keep_empty_features": True}
+    text = make_pipeline(
+        # A gap is NaN in a table, and None in a request as JSON.
+        SimpleImputer(missing_values=np.nan, **gap_value),
+        SimpleImputer(missing_values=None, **gap_value),
+        OneHotEncoder(handle_unknown="ignore", max_categories=20, sparse_output=False),
+    )
+    columns = make_column_transformer(
+        (numbers, list(X.select_dtypes("number"))),
+        (text, list(X.select_dtypes(exclude="number"))),
+    )
     return make_pipeline(columns, model)
 
 
-def open_store(experiment):
-    """Quieten MLflow, select or make the experiment, return store and web page. Raises OSError."""
-    logging.disable(logging.INFO)  # MLflow reports every table that it makes; warnings still show
-    logging.getLogger("mlflow.store.db.utils").disabled = True  # logs what it also raises
-    os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # two lines for every run
-    os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"  # on stderr, for every file
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")  # its own 7 take four minutes
-    uri = mlflow.get_tracking_uri()
-    place = re.sub("(//[^:/]*):[^@/]*@", r"\1:PASSWORD@", uri)
-    lock = f"{uri.removeprefix('sqlite:///')}.lock" if uri.startswith("sqlite:///") else ":memory:"
+def log_rows(**rows):
+    """Log data sets as inputs of the active run, as in log_rows(training=train, testing=test)."""
+    inputs = {
+        "datasets": [part.dataset for part in rows.values()],
+        "contexts": list(rows),
+        "tags_list": [None] * len(rows),
+    }
     try:
-        if uri.startswith("http"):
-            requests.get(f"{uri}/health", timeout=5)  # instead of the minutes that MLflow waits
-        with contextlib.closing(sqlite3.connect(lock, timeout=60)) as connection:
-            connection.execute("BEGIN EXCLUSIVE")  # one process makes the tables, the others wait
-            mlflow.set_experiment(experiment)
-        number = mlflow.set_experiment(experiment).experiment_id  # if another process has made it
-    except Exception as error:  # of the network, the file system or the database
-        raise OSError(f"start, unlock or free the store {place}: {error}") from None
-    ui = f"mlflow ui --backend-store-uri {place}  then open  http://127.0.0.1:5000"
-    ui = place if uri.startswith("http") else ui
-    return place, f"{ui}/#/experiments/{number}/runs?workflowType=machine_learning"
+        mlflow.log_inputs(**inputs)
+    except mlflow.MlflowException:
+        # Another process has logged the same new rows at the same moment, and MLflow has refused
+        # to store them twice. They are stored now, so a second call finds them.
+        mlflow.log_inputs(**inputs)
 
 
-def log_model(model, X):
-    """Log the fitted model to the active run, ready to be served; return its id."""
+def log_model(model, X, trusted_types):
+    """Log a fitted model to the active run, ready to be served, and return its model ID.
+
+    X are rows that it was trained on: the first five become its example of a request.
+    """
     packages = ["mlflow", "scikit-learn", "skops", "pandas", "numpy", "scipy"]
-    return mlflow.sklearn.log_model(
+    logged = mlflow.sklearn.log_model(
         model,
         name="model",
-        serialization_format="skops",  # a pickle can run any code when it is loaded
-        skops_trusted_types=TRUSTED,
+        # A pickle can run any code when it is loaded. Skops loads the types that it knows, and
+        # those that are named here.
+        serialization_format="skops",
+        skops_trusted_types=trusted_types,
         signature=mlflow.models.infer_signature(X, model.predict(X)),
         input_example=X.head(),
         pip_requirements=[f"{package}=={version(package)}" for package in packages],
-    ).model_id
+    )
+    return logged.model_id
+
+
+def open_store(experiment):
+    """Select an experiment in the store of MLFLOW_TRACKING_URI, or in mlflow.db in this folder.
+
+    Store and experiment are made if they do not exist. Returns the ID of the experiment. Raises
+    UserError if the store cannot be opened.
+    """
+    for name in ("MLFLOW_RUN_ID", "MLFLOW_REGISTRY_URI"):
+        if os.environ.get(name):
+            raise UserError(f"unset {name}: this script makes its runs itself, all in one store")
+    if not mlflow.is_tracking_uri_set():
+        mlflow.set_tracking_uri(f"sqlite:///{Path('mlflow.db').resolve()}")
+    quieten_mlflow()
+
+    uri = mlflow.get_tracking_uri()
+    try:
+        with impatient_requests(), one_process_at_a_time(uri):
+            return mlflow.set_experiment(experiment).experiment_id
+    except Exception as error:
+        message = f"start, unlock or free the store {uri}: {error}"
+        raise UserError(message) from error
+
+
+def quieten_mlflow():
+    """Leave warnings and errors on stderr, but no messages about progress."""
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    # This one logs the errors that it also raises.
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    # Without git on the machine, MLflow's search for the commit prints a page of advice.
+    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+
+
+@contextmanager
+def impatient_requests():
+    """Let a server that does not answer fail after seconds; later on, wait a minute for it."""
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "5")
+    settings = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
+
+
+@contextmanager
+def one_process_at_a_time(uri):
+    """Let one process make the tables of a new SQLite store, while others wait for it."""
+    if not uri.startswith("sqlite:///"):
+        yield
+        return
+    lock = unquote(uri.removeprefix("sqlite:///")) + ".lock"
+    with closing(sqlite3.connect(lock, timeout=60)) as connection:
+        connection.execute("BEGIN EXCLUSIVE")
+        yield
+
+
+def where_to_look(experiment_id, order_by="attributes.start_time"):
+    """Return the lines that say how to open the runs of an experiment, the greatest first."""
+    uri = mlflow.get_tracking_uri()
+    page = f"#/experiments/{experiment_id}/runs?workflowType=machine_learning"
+    page += f"&orderByKey={quote(order_by)}&orderByAsc=false"
+    if uri.startswith("http"):
+        return f"Look:  {hide_secrets(uri)}/{page}"
+    command = shlex.join(["mlflow", "ui", "--backend-store-uri", hide_secrets(uri)])
+    return f"Look:  {command}\n       then open http://127.0.0.1:5000/{page}"
+
+
+def next_command(script, *options, args):
+    """Return the line that says how to go on with another script, on the same data and metric."""
+    if args.csv is not None:
+        options += ("--csv", args.csv, "--target", args.target)
+    if args.metric != "accuracy":
+        options += ("--metric", args.metric)
+    path = Path(sys.argv[0]).with_name(script)
+    return "Next:  " + shlex.join(["python", str(path), *options])
+
+
+def hide_secrets(uri):
+    """Return the address of a store without user, password, token and options."""
+    if "://" not in uri or uri.startswith("sqlite:"):
+        return uri
+    url = sqlalchemy.make_url(uri).set(query={})
+    if url.username or url.password:
+        url = url.set(username="USER", password="PASSWORD")
+    return url.render_as_string(hide_password=False)
+
+
+def run_as_program(main):
+    """Run `main` and return its exit code; print what the user can mend in one line.
+
+    2: bad input, or a store that fails. 130: Ctrl-C. An unexpected error keeps its traceback.
+    """
+    signal.signal(signal.SIGINT, interrupt_outside_mlflow)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal that cannot show a letter shows "?"
+    try:
+        return main()
+    except KeyboardInterrupt:
+        message, code = "by Ctrl-C", 130
+    except (UserError, OSError, mlflow.MlflowException) as error:
+        # The cause names the trouble, such as a full disk, better than MLflow's own text.
+        cause = error if isinstance(error, UserError) else error.__cause__ or error
+        message, code = str(cause), 2
+    uri = mlflow.get_tracking_uri()
+    message = message.replace(uri, hide_secrets(uri))
+    print("Stopped:", message.partition("\n")[0], file=sys.stderr)
+    return code
+
+
+def interrupt_outside_mlflow(signal_number, frame):
+    """Handle Ctrl-C, but not in the middle of one of MLflow's writes: then try again soon."""
+    while frame is not None:
+        if frame.f_globals.get("__name__", "").split(".")[0] == "mlflow":
+            retry = threading.Timer(0.05, signal.raise_signal, [signal_number])
+            retry.daemon = True
+            retry.start()
+            return
+        frame = frame.f_back
+    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (OSError, ValueError, mlflow.MlflowException, KeyboardInterrupt) as error:
-        if isinstance(error, ValueError) and mlflow.last_active_run():
-            raise  # the input was fine: this is not expected
-        error = error.__cause__ or error  # such as a full disk, which MLflow's text does not name
-        print(f"Stopped: {str(error) or 'by Ctrl-C'}".splitlines()[0], file=sys.stderr)
-        sys.exit(130 if isinstance(error, KeyboardInterrupt) else 2)
+    sys.exit(run_as_program(main))

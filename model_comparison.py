@@ -1,39 +1,64 @@
-"""Compare four classifiers with MLflow: which is best, is it by chance, and what do they cost?
+"""Compare four classifiers with MLflow: which is best, how sure is that, and what do they cost?
 
 Each is scored on the same 150 folds of the training part of scikit-learn's breast cancer data.
-MLflow is asked which is best, a test which others cannot be told from it, and the best of those
-that answer fastest is recommended. What you will see: the scaled logistic regression leads, even
-150 folds cannot tell the other three from it, and it answers twice as fast as the forest.
+MLflow is asked for the best. For the others you see how probable it is that they are worse, or
+practically the same; of those that are hardly worse, the one that answers fastest is recommended.
+You will see that a scaled logistic regression leads, that an SVM is practically the same, and
+that both answer twice as fast as a forest, which is probably worse.
+
+    python model_comparison.py
+    python model_comparison.py --csv customers.csv --target churned --metric f1
+    python model_comparison.py --tuned RUN_ID
 
 It leaves this in the store (sqlite:///mlflow.db, or MLFLOW_TRACKING_URI where that is set):
 
     experiment model-comparison
-    └── comparison               best_model, recommended_model; folds.csv, comparison.csv and .png
-        ├── random_forest        cv_accuracy, cv_f1, cv_precision, cv_recall (means over all folds,
-        ├── gradient_boosting    cv_accuracy_std beside them); without cv_ on the hold-out, which
-        ├── logistic_regression  decides nothing; p_vs_best, p_vs_baseline; fit_seconds,
-        └── svm                  latency_ms_p50 …; parameters; the model `model`
+    └── comparison               best_model, recommended_model, comparison.csv and .png, folds.csv
+        ├── logistic_regression  parameters; cv_accuracy and others, over the folds; accuracy and
+        ├── svm                  others, on the hold-out; p_worse, p_equivalent, p_better;
+        ├── gradient_boosting    fit_seconds, latency_ms_p50 and others; the model `model`
+        └── random_forest
 """
 
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "mlflow>=3.11.1,<3.18",
+#     "scikit-learn>=1.7,<1.10",
+#     "pandas>=2.2,<3.2",
+#     "numpy>=1.26,<2.5",
+# ]
+# ///
+
 import ast
-import contextlib
 import logging
 import os
 import re
 import shlex
+import signal
 import sqlite3
 import sys
+import threading
+import time
 import timeit
 import warnings
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from contextlib import closing, contextmanager
+from functools import partial
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import quote, unquote
 
 import mlflow
+import numpy as np
 import pandas as pd
-import requests
+import sqlalchemy
+from joblib import Parallel, delayed
 from matplotlib.figure import Figure
 from scipy import stats
+from sklearn.base import clone
 from sklearn.compose import make_column_transformer
 from sklearn.datasets import load_breast_cancer
 from sklearn.dummy import DummyClassifier
@@ -41,11 +66,18 @@ from sklearn.ensemble import HistGradientBoostingClassifier, RandomForestClassif
 from sklearn.impute import SimpleImputer
 from sklearn.kernel_approximation import Nystroem
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import ConfusionMatrixDisplay, accuracy_score, precision_recall_fscore_support
-from sklearn.model_selection import RepeatedStratifiedKFold, cross_validate, train_test_split
+from sklearn.metrics import (
+    accuracy_score,
+    balanced_accuracy_score,
+    confusion_matrix,
+    f1_score,
+    precision_score,
+    recall_score,
+)
+from sklearn.model_selection import RepeatedStratifiedKFold, train_test_split
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
-from sklearn.svm import LinearSVC
+from sklearn.svm import SVC, LinearSVC
 from threadpoolctl import threadpool_limits
 
 EXPERIMENT = "model-comparison"
@@ -53,262 +85,808 @@ SEED = 42  # of the split, the folds and the models
 TEST_SIZE = 0.2  # share of the rows that decides nothing
 FOLDS = 5
 REPEATS = 30  # of the folds, each time shuffled anew; fewer from 500 rows on
-ALPHA = 0.05  # a p-value below it counts as a difference
-NOISE = 1.1  # latencies of up to so many times the fastest count as equal to it
-METRICS = ["accuracy", "precision", "recall", "f1"]
-COLUMNS = ["cv_accuracy", "cv_accuracy_std", *(f"cv_{key}" for key in METRICS[1:]), *METRICS]
-COLUMNS += ["p_vs_best", "p_vs_baseline", "fit_seconds", "latency_ms_p50", "latency_ms_p95"]
-COLUMNS += ["rows_per_second", "model_size_bytes", "verdict"]
-CANDIDATES = {  # a fifth candidate is one more line; of equal scores the last one wins
-    "random_forest": RandomForestClassifier(random_state=SEED),
-    "gradient_boosting": HistGradientBoostingClassifier(random_state=SEED),
-    "logistic_regression": LogisticRegression(max_iter=1000),
-    # An SVC's kernel, approximated: of 100,000 rows an SVC would take hours.
-    "svm": make_pipeline(Nystroem(random_state=SEED), LinearSVC(random_state=SEED)),
+ROPE = 0.01  # region of practical equivalence: a difference up to this does not matter
+RISK = 0.2  # how probable it may be that the recommended model is worse by more than ROPE
+NOISE = 1.1  # a latency of up to so many times the lowest counts as equal to it
+
+# What --metric offers: functions of the true and the predicted classes. The greater score is the
+# better one, everywhere: an error would stand here as its negative, as in scikit-learn's scorers.
+METRICS = {
+    "accuracy": accuracy_score,
+    "balanced_accuracy": balanced_accuracy_score,
+    "f1": partial(f1_score, average="macro", zero_division=0),
+    "precision": partial(precision_score, average="macro", zero_division=0),
+    "recall": partial(recall_score, average="macro", zero_division=0),
 }
-TREE = "sklearn.ensemble._hist_gradient_boosting.predictor.TreePredictor"
-TRUSTED = ["numpy.dtype", "sklearn.tree._tree.Tree", TREE]  # what skops does not know: no code
+
+# Types that skops does not know, and may load all the same: they run no code.
+TRUSTED = [
+    "numpy.dtype",
+    "sklearn.tree._tree.Tree",
+    "sklearn.ensemble._hist_gradient_boosting.predictor.TreePredictor",
+]
 
 
-def score(model, X, y):
-    """Return METRICS; all but the accuracy are means over the classes, each counting the same."""
-    predicted = model.predict(X)
-    means = precision_recall_fscore_support(y, predicted, average="macro", zero_division=0)[:3]
-    return dict(zip(METRICS, (accuracy_score(y, predicted), *means), strict=True))
+class UserError(Exception):
+    """Something that the user can mend: run_as_program prints it without a traceback."""
 
 
-def score_folds(model, X, y):
-    """Return the METRICS and the fit_time of each fold, a row a fold, the same for every model."""
-    repeats = max(2, min(REPEATS, 15_000 // len(X)))  # many rows tell as much in fewer folds
-    folds = RepeatedStratifiedKFold(n_splits=FOLDS, n_repeats=repeats, random_state=SEED)
-    table = cross_validate(model, X, y, cv=folds, scoring=score, n_jobs=-1, error_score="raise")
-    return pd.DataFrame(table).rename(columns=lambda name: name.removeprefix("test_"))
+def main(argv=None):
+    args = parse_args(argv)
+    metric = args.metric
+    train, test = load_data(args.csv, args.target, TEST_SIZE, SEED)
+    candidates = make_candidates(len(train.X), SEED)
+    if args.tuned is not None:
+        open_store(EXPERIMENT)
+        candidates["tuned_forest"] = load_tuned_forest(args.tuned, train, SEED)
+
+    folds = make_folds(train, FOLDS, REPEATS, SEED)
+    print(f"{len(candidates)} candidates on {len(folds)} folds each", flush=True)
+    with start_scoring(candidates, folds, train, METRICS) as results:
+        # It takes seconds to make a new store. The candidates are scored meanwhile.
+        experiment_id = open_store(EXPERIMENT)
+
+        with mlflow.start_run(run_name="comparison") as comparison:
+            comparison_id = comparison.info.run_id
+            log_rows(training=train, testing=test)
+            baseline = score_folds(DummyClassifier(), train.X, train.y, folds, METRICS)
+            scores = pd.DataFrame({"baseline": baseline[metric]})
+            for result in show_progress(results, len(candidates)):
+                params = candidates[result.name].get_params()
+                if log_candidate(result, params, train, test, METRICS, TRUSTED):
+                    scores[result.name] = result.scores[metric]
+
+            models = find_models(experiment_id, comparison_id, metric, train)
+            if not models:
+                mlflow.end_run("FAILED")
+                return say_that_all_failed()
+
+            log_probabilities(models, scores, ROPE, RISK, FOLDS)
+            # The workers are quiet by now, so these are the times of the models alone.
+            log_serving_costs(models, train, SEED)
+
+            ranked = rank_candidates(experiment_id, comparison_id, metric)
+            recommended = recommend(ranked, RISK, NOISE)
+            log_choice(models[0], recommended, scores, metric, train)
+            log_report(ranked, scores, models[0], test, metric, ROPE, FOLDS)
+
+    print_report(comparison_id, ranked, metric, ROPE)
+    print(how_to_load_the_best(experiment_id, comparison_id, metric, train))
+    print(where_to_look(experiment_id, f"metrics.`cv_{metric}`"))
+    if recommended is None:
+        return say_that_none_is_better()
+    model_uri = f"runs:/{recommended['run_id']}/model"
+    print(next_command("production_deployment.py", "--model-uri", model_uri, args=args))
+    return 0
 
 
-def serving_cost(model_id, X):
-    """Time a model as MLflow serves it, on one core: through pyfunc, which checks each row."""
-    model = mlflow.pyfunc.load_model(f"models:/{model_id}")
-    batch = X.sample(10_000, replace=True, random_state=SEED)
-    with threadpool_limits(1):  # the first ten calls warm up
-        single = timeit.repeat(lambda: model.predict(X.head(1)), number=1, repeat=70)[10:]
-        whole = timeit.repeat(lambda: model.predict(batch), number=1, repeat=3)
-    p50, p95 = pd.Series(single).quantile([0.50, 0.95]) * 1000
-    return {
-        "latency_ms_p50": p50,
-        "latency_ms_p95": p95,
-        "rows_per_second": len(batch) / min(whole),
-        "model_size_bytes": model.metadata.model_size_bytes,
-    }
-
-
-def log_candidate(name, model, parts, comparison):
-    """Score, fit, time and log a candidate; parts: of load_data. Return its folds' accuracy."""
-    (X, y, train), (X_test, y_test, test) = parts
-    mlflow.log_params(model.get_params())
-    model = with_preprocessing(model, X)
-    folds = score_folds(model, X, y)
-    model_id = log_model(model.fit(X, y), X)
-    # Rounded, so that equal scores are equal: the last bits depend on the order of the sum.
-    metrics = folds[METRICS].mean().round(12).add_prefix("cv_").to_dict()
-    metrics["cv_accuracy_std"] = folds["accuracy"].std(ddof=0)
-    metrics["fit_seconds"] = folds["fit_time"].mean()
-    mlflow.log_metrics(metrics | serving_cost(model_id, X), model_id=model_id, dataset=train)
-    mlflow.log_metrics(score(model, X_test, y_test), model_id=model_id, dataset=test)
-    mlflow.set_logged_model_tags(model_id, {"candidate": name, "comparison": comparison})
-    return folds["accuracy"]
-
-
-def p_values(scores, reference):
-    """Return how likely each column (a row a fold) is so far from the reference by chance.
-
-    The corrected resampled t-test (Nadeau and Bengio, Machine Learning 52:239-281, 2003): folds
-    share training rows, so the variance of a mean is 1/n + test rows / training rows of theirs,
-    not 1/n. Then Holm's correction for several tests (Scandinavian Journal of Statistics 6, 1979).
-    """
-    differences, n = scores.sub(reference, axis=0), len(scores)
-    t = differences.mean() / (differences.var() * (1 / n + 1 / (FOLDS - 1))) ** 0.5
-    p = pd.Series(2 * stats.t.sf(t.abs(), n - 1), t.index).fillna(1).sort_values()
-    return (p * [*range(len(p), 0, -1)]).cummax().clip(upper=1)
-
-
-def draw(runs, folds, y, predicted):
-    """Return a figure: the folds' accuracies, accuracy against latency, a confusion matrix."""
-    figure = Figure(figsize=(16, 5), layout="constrained")
-    spread, trade, matrix = figure.subplots(1, 3)
-    folds.boxplot(ax=spread, rot=15).set_title("Accuracy over the folds")
-    points = runs.pivot_table("cv_accuracy", "latency_ms_p50", "runName")
-    points.plot(ax=trade, style="o", title="Mean accuracy by latency")
-    ConfusionMatrixDisplay.from_predictions(y, predicted, ax=matrix, colorbar=False)
-    matrix.set_title("Hold-out rows as the best model sees them")
-    return figure
-
-
-def main():
+def parse_args(argv):
+    """Return the options of the command line."""
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--csv", metavar="FILE", help="learn from this table instead")
     parser.add_argument("--target", default="diagnosis", help="its column that holds the classes")
+    parser.add_argument("--metric", choices=METRICS, default="accuracy", help="what decides")
     parser.add_argument("--tuned", metavar="RUN_ID", help="compare the best of this search as well")
-    args, candidates = parser.parse_args(), CANDIDATES.copy()
-    parts = (X, y, train), (X_test, y_test, test) = tuple(load_data(args.csv, args.target))
-    warnings.filterwarnings("ignore", "n_components >")  # Nystroem's: of few rows it takes all
-    _, look = open_store(EXPERIMENT)
-    if args.tuned is not None:
-        run = mlflow.get_run(args.tuned)
-        if run.info.status != "FINISHED" or run.data.params.get("rows") != train.digest:
-            raise ValueError(f"{args.tuned} is not a finished search on these rows")
-        best = {k[5:]: ast.literal_eval(v) for k, v in run.data.params.items() if k[:5] == "best_"}
-        candidates["tuned_forest"] = RandomForestClassifier(**best, random_state=SEED)
-
-    with mlflow.start_run(run_name="comparison") as parent:
-        with contextlib.suppress(mlflow.MlflowException):  # another makes them now: ask again
-            mlflow.log_inputs([train, test], ["training", "testing"], [None, None])
-        mlflow.log_inputs([train, test], ["training", "testing"], [None, None])
-        print(f"0/{len(candidates)}  baseline", flush=True)
-        baseline, scores = score_folds(DummyClassifier(), X, y)["accuracy"], {}
-        for number, (name, model) in enumerate(candidates.items(), 1):
-            print(f"{number}/{len(candidates)}  {name}, {len(baseline)} folds", flush=True)
-            with mlflow.start_run(run_name=name, nested=True):
-                try:
-                    scores[name] = log_candidate(name, model, parts, parent.info.run_id)
-                except Exception as error:  # the others go on
-                    mlflow.set_tag("verdict", f"FAILED: {error!r}")
-                    mlflow.end_run("FAILED")
-        if not scores:  # leaving the block by an exit marks the parent FAILED
-            parser.exit(1, "Every candidate failed; the tag `verdict` of its run says why\n")
-
-        # Models, not runs: what is logged with model_id and dataset belongs to the model.
-        ids, session = [parent.info.experiment_id], parent.info.run_id
-        query = {"experiment_ids": ids, "filter_string": f"tags.comparison = '{session}'"}
-        query["order_by"] = [{"field_name": "metrics.cv_accuracy", "ascending": False}]
-        models = mlflow.search_logged_models(**query, output_format="list")
-        best, scores = models[0].tags["candidate"], pd.DataFrame(scores)
-        vs_best = p_values(scores.drop(columns=best), scores[best])
-        vs_baseline = p_values(scores, baseline)
-        for model in models:
-            name, run_id = model.tags["candidate"], model.source_run_id
-            p = {"p_vs_best": vs_best.get(name, 1.0), "p_vs_baseline": vs_baseline[name]}
-            verdict = "not told from the best" if p["p_vs_best"] >= ALPHA else "worse than the best"
-            if p["p_vs_baseline"] >= ALPHA or scores[name].mean() <= baseline.mean():
-                verdict = "no better than the baseline"
-            mlflow.log_metrics(p, run_id=run_id)
-            mlflow.MlflowClient().set_tag(run_id, "verdict", verdict)
-        # The same by run: also those that failed. Either puts the newest of equal scores first.
-        children = f"tags.mlflow.parentRunId = '{session}'"
-        runs = mlflow.search_runs(ids, children, order_by=["metrics.cv_accuracy DESC"])
-        runs = runs.rename(columns=lambda name: name.split(".")[-1])
-        good = runs[runs["verdict"] == "not told from the best"]
-        fast = good[good["latency_ms_p50"] <= NOISE * good["latency_ms_p50"].min()]
-        recommended = fast["runName"].iloc[0] if len(fast) else "none"
-        mlflow.log_params({"best_model": best, "recommended_model": recommended})
-        mlflow.log_metric("best_cv_accuracy", scores[best].mean().round(12), dataset=train)
-        mlflow.log_metric("baseline_cv_accuracy", baseline.mean(), dataset=train)
-        predicted = mlflow.pyfunc.load_model(models[0].model_uri).predict(X_test)
-        folds = scores.assign(baseline=baseline)
-        mlflow.log_figure(draw(runs, folds, y_test, predicted), "comparison.png")
-        mlflow.log_text(folds.to_csv(index_label="fold"), "folds.csv")
-        table = runs.set_index("runName")[COLUMNS]
-        mlflow.log_text(table.to_csv(), "comparison.csv")
-        style = {"float_format": lambda x: f"{x:.{4 if x < 1000 else 0}f}", "max_colwidth": 30}
-        text = table.T.to_string(index_names=False, **style)
-        text += f"\n\nBaseline, always the most frequent class: cv_accuracy {baseline.mean():.4f}"
-        mlflow.set_tag("mlflow.note.content", f"```\n{text}\n```")
-
-    print(f"\n{text}\n\nBest model, by its cross-validated accuracy: {best}")
-    print(f"Recommended, not told from it and (within {NOISE - 1:.0%}) the fastest: {recommended}")
-    print("Load the best, in any process with the same tracking URI, after `import mlflow`:")
-    print(f"  best = mlflow.search_logged_models(**{query}, output_format='list')[0]")
-    print(f"  model = mlflow.pyfunc.load_model(best.model_uri)\n\nLook:  {look}")
-    if recommended == "none":
-        parser.exit(1, "No candidate is shown to be better than the baseline: deploy none\n")
-    own_data = ["--csv", args.csv, "--target", args.target] if args.csv else []
-    script = str(Path(sys.argv[0]).with_name("production_deployment.py"))
-    print("Next: ", shlex.join(["python", script, "--model-uri", models[0].model_uri, *own_data]))
+    return parser.parse_args(argv)
 
 
-# The rest is the same in all three scripts: rows, preprocessing, store, model, errors.
-def load_data(csv=None, target="diagnosis"):
-    """Yield features, labels and MLflow's data set: of the training part, then of the hold-out.
+def make_candidates(n_rows, seed):
+    """Return the models to compare, by name. A fifth candidate is one more line.
 
-    Raises OSError or ValueError if the table cannot be read, or the target not be learnt from it.
+    Of equal scores the first one wins, so the simplest stands first.
     """
-    demo = load_breast_cancer(as_frame=True)
-    table = demo.data.assign(diagnosis=demo.target_names[demo.target])
-    table = table if csv is None else pd.read_csv(csv, low_memory=False)
-    name = "-".join(re.findall("[a-z0-9]+", Path(csv or "breast-cancer").stem.lower())) or "table"
+    if n_rows <= 10_000:
+        svm = SVC(random_state=seed)
+    else:
+        # The time that an SVC takes grows with the square of the rows.
+        print("svm: LinearSVC on a Nystroem approximation of the kernel, as there are many rows")
+        svm = make_pipeline(Nystroem(random_state=seed), LinearSVC(random_state=seed))
+    return {
+        "logistic_regression": LogisticRegression(max_iter=1000),
+        "svm": svm,
+        "gradient_boosting": HistGradientBoostingClassifier(random_state=seed),
+        "random_forest": RandomForestClassifier(random_state=seed),
+    }
+
+
+def load_tuned_forest(search_id, train, seed):
+    """Return an unfitted forest with the best parameters of a search by hyperparameter_tuning.py.
+
+    Raises UserError unless the search is finished, and was made on the same training rows.
+    """
+    search = mlflow.get_run(search_id)
+    same_rows = search.data.params.get("rows") == train.dataset.digest
+    if search.info.status != "FINISHED" or not same_rows:
+        raise UserError(f"{search_id} is not a finished search on these rows")
+    params = {
+        key.removeprefix("best_"): ast.literal_eval(value)
+        for key, value in search.data.params.items()
+        if key.startswith("best_")
+    }
+    return RandomForestClassifier(**params, random_state=seed)
+
+
+def make_folds(train, n_folds, most_repeats, seed):
+    """Return the rows of each fold, as pairs of positions: to train on, and to score on.
+
+    Many rows tell as much in fewer repeats: from 500 rows on there are fewer, but at least two.
+    """
+    repeats = max(2, min(most_repeats, 15_000 // len(train.X)))
+    splitter = RepeatedStratifiedKFold(n_splits=n_folds, n_repeats=repeats, random_state=seed)
+    return list(splitter.split(train.X, train.y))
+
+
+class Result(NamedTuple):
+    """What came of a candidate."""
+
+    name: str
+    model: object  # fitted on all training rows
+    scores: pd.DataFrame  # a row for each fold; the metrics and fit_seconds as columns
+    error: Exception | None  # the first, if the candidate failed; then the others are empty
+
+
+@contextmanager
+def start_scoring(candidates, folds, train, metrics):
+    """Score the candidates on all cores; yield an iterator over each Result as soon as it is done.
+
+    All folds of all candidates stand in one queue, so that no core idles between two candidates.
+    At the end of the `with` block, what still runs is stopped.
+    """
+    tasks = []
+    for candidate in candidates.values():
+        model = add_preprocessing(candidate, train.X)
+        for fold in folds:
+            tasks.append(delayed(attempt)(score_fold, model, train.X, train.y, fold, metrics))
+        tasks.append(delayed(attempt)(model.fit, train.X, train.y))
+    # The workers inherit this. On Ctrl-C they say nothing: this process stops them.
+    ctrl_c = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    outcomes = Parallel(n_jobs=-1, return_as="generator")(tasks)
+    signal.signal(signal.SIGINT, ctrl_c)
+    try:
+        yield (collect_result(name, outcomes, len(folds)) for name in candidates)
+    finally:
+        with warnings.catch_warnings(action="ignore"):
+            # joblib warns about folds that it gives up, and on a machine without `pgrep`.
+            outcomes.close()
+
+
+def attempt(function, *args):
+    """Return what the function returns, or the exception that it raises: the others go on."""
+    try:
+        return function(*args)
+    except Exception as error:
+        return error
+
+
+def collect_result(name, outcomes, n_folds):
+    """Take the folds and the fitted model of one candidate from the iterator of outcomes."""
+    own = list(islice(outcomes, n_folds + 1))
+    for outcome in own:
+        if isinstance(outcome, Exception):
+            return Result(name, model=None, scores=pd.DataFrame(), error=outcome)
+    *fold_scores, model = own
+    return Result(name, model, pd.DataFrame(fold_scores), error=None)
+
+
+def score_fold(model, X, y, fold, metrics):
+    """Fit a copy of the model on one part of a fold; return its scores on the other part."""
+    train_rows, test_rows = fold
+    started = time.perf_counter()
+    fitted = clone(model).fit(X.iloc[train_rows], y.iloc[train_rows])
+    fit_seconds = time.perf_counter() - started
+    scores = score_answers(y.iloc[test_rows], fitted.predict(X.iloc[test_rows]), metrics)
+    return scores | {"fit_seconds": fit_seconds}
+
+
+def score_folds(model, X, y, folds, metrics):
+    """Return the scores of a model on all folds, one after another, as a DataFrame."""
+    return pd.DataFrame([score_fold(model, X, y, fold, metrics) for fold in folds])
+
+
+def score_answers(y, predicted, metrics):
+    """Return every metric of some predictions, by its name."""
+    return {name: score(y, predicted) for name, score in metrics.items()}
+
+
+def show_progress(results, total):
+    """Pass each result on; after it has been logged, print it and the time that is left."""
+    started = time.perf_counter()
+    for done, result in enumerate(results, start=1):
+        yield result
+        seconds_left = (time.perf_counter() - started) * (total - done) / done
+        outcome = "failed" if result.error else "done"
+        print(f"{done:3}/{total} {seconds_left:4.0f} s left  {result.name} {outcome}", flush=True)
+
+
+def log_candidate(result, params, train, test, metrics, trusted_types):
+    """Log a candidate as a child of the active run: its folds, its model, and its hold-out scores.
+
+    Returns True, or False if it failed: then the run is FAILED, and its tag `error` says why.
+    """
+    comparison_id = mlflow.active_run().info.run_id
+    with mlflow.start_run(run_name=result.name, nested=True):
+        mlflow.log_params(params)
+        try:
+            if result.error:
+                raise result.error
+            model_id = log_model(result.model, train.X, trusted_types)
+            cv_scores = summarize_folds(result.scores)
+            mlflow.log_metrics(cv_scores, model_id=model_id, dataset=train.dataset)
+            served = mlflow.pyfunc.load_model(f"models:/{model_id}")
+            test_scores = score_answers(test.y, served.predict(test.X), metrics)
+            mlflow.log_metrics(test_scores, model_id=model_id, dataset=test.dataset)
+        except Exception as error:
+            mlflow.set_tag("error", f"{type(error).__name__}: {error}")
+            mlflow.end_run("FAILED")
+            return False
+        # Models are found by these tags. One that has failed does not get them.
+        tags = {"candidate": result.name, "comparison": comparison_id}
+        mlflow.set_logged_model_tags(model_id, tags)
+        return True
+
+
+def summarize_folds(scores):
+    """Return the means over the folds as cv_METRIC, cv_METRIC_std beside it, and fit_seconds."""
+    summary = {"fit_seconds": scores["fit_seconds"].mean()}
+    for metric in scores.columns.drop("fit_seconds"):
+        # Rounded, so that equal means are equal: the last bits depend on the order of the sum.
+        summary[f"cv_{metric}"] = round(scores[metric].mean(), 12)
+        summary[f"cv_{metric}_std"] = scores[metric].std(ddof=0)
+    return summary
+
+
+def find_models(experiment_id, comparison_id, metric, train):
+    """Ask MLflow for the models of a comparison: a list of LoggedModel, the best first."""
+    best_first = {
+        "field_name": f"metrics.cv_{metric}",
+        "ascending": False,
+        "dataset_name": train.dataset.name,
+        "dataset_digest": train.dataset.digest,
+    }
+    first_listed_first = {"field_name": "creation_timestamp", "ascending": True}
+    return mlflow.search_logged_models(
+        [experiment_id],
+        filter_string=f"tags.comparison = '{comparison_id}'",
+        order_by=[best_first, first_listed_first],
+        output_format="list",
+    )
+
+
+def log_probabilities(models, scores, rope, risk, n_folds):
+    """Log how each model compares with the best and with the baseline. `models`: the best first.
+
+    `scores` holds a row for each fold, with a column for each model and one for the baseline.
+    """
+    best = models[0].tags["candidate"]
+    for model in models:
+        name = model.tags["candidate"]
+        p = probabilities(scores[name] - scores[best], rope, n_folds)
+        above = probabilities(scores[name] - scores["baseline"], 0, n_folds)["p_better"]
+        p["p_above_baseline"] = above
+        mlflow.log_metrics(p, run_id=model.source_run_id)
+        verdict = "the best" if name == best else say_verdict(p, risk)
+        mlflow.MlflowClient().set_tag(model.source_run_id, "verdict", verdict)
+
+
+def probabilities(differences, rope, n_folds):
+    """Return how probable it is that a model is worse than another, practically the same, better.
+
+    This is the Bayesian correlated t-test of Benavoli, Corani, Demšar and Zaffalon (Journal of
+    Machine Learning Research 18, 2017). `differences` are the scores of the one model minus those
+    of the other, on the same folds of (repeated) cross-validation with `n_folds` folds. A
+    difference of up to `rope` counts as none.
+    """
+    posterior = posterior_of_mean(differences, n_folds)
+    p_worse = posterior.cdf(-rope)
+    p_better = posterior.sf(rope)
+    return {"p_worse": p_worse, "p_equivalent": 1 - p_worse - p_better, "p_better": p_better}
+
+
+def posterior_of_mean(differences, n_folds):
+    """Return what is known of the mean difference: a Student distribution (SciPy).
+
+    Folds share training rows, so they are correlated, and the variance of their mean is greater
+    than 1/n of theirs: by test rows / training rows (Nadeau and Bengio, Machine Learning 52, 2003).
+    """
+    n = len(differences)
+    variance = differences.var(ddof=1) * (1 / n + 1 / (n_folds - 1))
+    # Where all differences are equal, the distribution is a needle instead of nothing.
+    return stats.t(df=n - 1, loc=differences.mean(), scale=max(variance**0.5, 1e-12))
+
+
+def say_verdict(p, risk):
+    """Return probabilities, against the best and the baseline, in words. 0.8 is `1 - risk`."""
+    if p["p_above_baseline"] < 1 - risk:
+        return "no better than the baseline"
+    if p["p_worse"] >= 0.95:
+        return f"worse, {p['p_worse']:.0%}"
+    if p["p_worse"] >= 1 - risk:
+        return f"probably worse, {p['p_worse']:.0%}"
+    if p["p_worse"] <= risk:
+        return f"practically the same, {p['p_equivalent']:.0%}"
+    return f"undecided, {p['p_worse']:.0%} worse"
+
+
+def log_serving_costs(models, train, seed):
+    """Log what each model costs to serve, to its run."""
+    for model in models:
+        served = mlflow.pyfunc.load_model(model.model_uri)
+        costs = measure_serving_cost(served, train.X, seed)
+        options = {"run_id": model.source_run_id, "model_id": model.model_id}
+        mlflow.log_metrics(costs, dataset=train.dataset, **options)
+
+
+def measure_serving_cost(served, X, seed):
+    """Return latency, throughput and size of a model as MLflow serves it, on one core.
+
+    `served` is what mlflow.pyfunc.load_model returns; it checks each row before it predicts. The
+    latency is for a request of one row.
+    """
+    row = X.head(1)
+    batch = X.sample(10_000, replace=True, random_state=seed)
+    with threadpool_limits(1):
+        timeit.timeit(lambda: served.predict(row), number=10)  # warm up
+        single = timeit.repeat(lambda: served.predict(row), number=1, repeat=60)
+        whole = timeit.repeat(lambda: served.predict(batch), number=1, repeat=3)
+    return {
+        "latency_ms_p50": 1000 * np.quantile(single, 0.50),
+        "latency_ms_p95": 1000 * np.quantile(single, 0.95),
+        "rows_per_second": len(batch) / min(whole),
+        "model_size_bytes": served.metadata.model_size_bytes,
+    }
+
+
+def rank_candidates(experiment_id, comparison_id, metric):
+    """Ask MLflow for the runs of a comparison: a DataFrame, the best first, failed ones last."""
+    return mlflow.search_runs(
+        [experiment_id],
+        f"tags.mlflow.parentRunId = '{comparison_id}'",
+        order_by=[f"metrics.cv_{metric} DESC", "attributes.start_time ASC"],
+    )
+
+
+def recommend(ranked, risk, noise):
+    """Return the run of the candidate that is cheapest to serve among those that are hardly worse.
+
+    At most with probability `risk` is it worse than the best by more than the ROPE, or no better
+    than the baseline. Latencies of up to `noise` times the lowest count as equal: of those, the
+    best score wins. `ranked` has the best first. None if no candidate qualifies.
+    """
+    hardly_worse = ranked["metrics.p_worse"] <= risk
+    above_baseline = ranked["metrics.p_above_baseline"] >= 1 - risk
+    good = ranked[hardly_worse & above_baseline]
+    if good.empty:
+        return None
+    latency = good["metrics.latency_ms_p50"]
+    fast = good[latency <= noise * latency.min()]
+    return fast.iloc[0]
+
+
+def log_choice(best, recommended, scores, metric, train):
+    """Log to the active run which model is the best, which is recommended, and the baseline."""
+    name = best.tags["candidate"]
+    mlflow.log_param("best_model", name)
+    recommended_name = "none" if recommended is None else recommended["tags.mlflow.runName"]
+    mlflow.log_param("recommended_model", recommended_name)
+    best_score = round(scores[name].mean(), 12)
+    baseline_score = round(scores["baseline"].mean(), 12)
+    mlflow.log_metric(f"best_cv_{metric}", best_score, dataset=train.dataset)
+    mlflow.log_metric(f"baseline_cv_{metric}", baseline_score, dataset=train.dataset)
+
+
+def log_report(ranked, scores, best, test, metric, rope, n_folds):
+    """Log the tables and the picture to the active run, and a table as its description."""
+    names = ranked["tags.mlflow.runName"].rename("model")
+    numbers = ranked.filter(like="metrics.").rename(columns=lambda c: c.removeprefix("metrics."))
+    full_table = numbers.assign(verdict=ranked["tags.verdict"]).set_index(names)
+    mlflow.log_text(full_table.to_csv(), "comparison.csv")
+    mlflow.log_text(scores.to_csv(index_label="fold"), "folds.csv")
+
+    figure = Figure(figsize=(16, 5), layout="constrained")
+    differences_axes, costs_axes, matrix_axes = figure.subplots(1, 3)
+    draw_differences(differences_axes, scores, list(names), metric, rope, n_folds)
+    draw_costs(costs_axes, ranked, metric)
+    predicted = mlflow.pyfunc.load_model(best.model_uri).predict(test.X)
+    draw_confusion(matrix_axes, test.y, predicted, f"{names.iloc[0]} on the hold-out")
+    mlflow.log_figure(figure, "comparison.png")
+
+    mlflow.set_tag("mlflow.note.content", to_markdown(format_candidates(ranked, metric)))
+
+
+def draw_differences(axes, scores, names, metric, rope, n_folds):
+    """Draw how far each model is from the first one, with 95 % intervals and the ROPE."""
+    for name in names:
+        if name in scores:
+            posterior = posterior_of_mean(scores[name] - scores[names[0]], n_folds)
+            low, high = posterior.interval(0.95)
+            axes.plot([low, high], [name, name], color="tab:blue", linewidth=3)
+            axes.plot(posterior.mean(), name, "o", color="tab:blue", markersize=9)
+    axes.axvspan(-rope, rope, color="tab:green", alpha=0.15, label="no difference that matters")
+    axes.invert_yaxis()
+    axes.legend(loc="lower left")
+    axes.set(xlabel=f"Difference in {metric} from the best, with its 95 % interval")
+    axes.set_title("How sure is it?")
+
+
+def draw_costs(axes, ranked, metric):
+    """Draw score against latency, with a line through those that no other model beats in both."""
+    points = ranked.dropna(subset="metrics.latency_ms_p50").sort_values("metrics.latency_ms_p50")
+    latency = points["metrics.latency_ms_p50"]
+    score = points[f"metrics.cv_{metric}"]
+    on_front = score > score.cummax().shift(fill_value=-np.inf)
+    axes.plot(latency[on_front], score[on_front], "--", color="gray", label="Pareto front")
+    axes.plot(latency, score, "o", markersize=9)
+    for name, x, y in zip(points["tags.mlflow.runName"], latency, score, strict=True):
+        axes.annotate(name, (x, y), (0, 10), textcoords="offset points", ha="center")
+    axes.margins(0.25)
+    axes.legend(loc="lower right")
+    axes.set(xlabel="Latency of one row, median (ms)", ylabel=f"Cross-validated {metric}")
+    axes.set_title("What does it cost?")
+
+
+def draw_confusion(axes, y, predicted, title):
+    """Draw the confusion matrix: in each cell the number of rows, and its share of the class."""
+    classes = sorted(y.unique())
+    counts = confusion_matrix(y, predicted, labels=classes)
+    shares = counts / counts.sum(axis=1, keepdims=True)
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    for (row, column), count in np.ndenumerate(counts):
+        share = shares[row, column]
+        color = "white" if share > 0.5 else "black"
+        text = f"{count}\n{share:.0%}"
+        axes.text(column, row, text, ha="center", va="center", color=color)
+    axes.set_xticks(range(len(classes)), classes)
+    axes.set_yticks(range(len(classes)), classes)
+    axes.set(xlabel="Predicted class", ylabel="True class")
+    axes.set_title(title)
+
+
+def format_candidates(ranked, metric):
+    """Return a table to be printed: a row for each model, the best first, with units."""
+    others = [name for name in ("accuracy", "precision", "recall", "f1") if name != metric]
+    rows = []
+    for _, run in ranked.iterrows():
+        row = {"model": run["tags.mlflow.runName"]}
+        if run["status"] == "FAILED":
+            row["against the best"] = f"failed: {run['tags.error']}"
+        else:
+            numbers = run.rename(lambda column: column.removeprefix("metrics."))
+            mean = numbers[f"cv_{metric}"]
+            row[metric] = f"{mean:.4f} ± {numbers[f'cv_{metric}_std']:.4f}"
+            for name in others[:3]:
+                row[name] = f"{numbers[f'cv_{name}']:.4f}"
+            row["hold-out"] = f"{numbers[metric]:.4f}"
+            row["against the best"] = run["tags.verdict"]
+            row["fit"] = f"{numbers['fit_seconds']:.3f} s"
+            row["latency"] = f"{numbers['latency_ms_p50']:.1f} ms"
+            row["size"] = f"{numbers['model_size_bytes'] / 1e6:.1f} MB"
+        rows.append(row)
+    return pd.DataFrame(rows).fillna("")
+
+
+def to_markdown(table):
+    """Return a DataFrame of text as a Markdown table."""
+    lines = [table.columns, ["---"] * len(table.columns), *table.to_numpy()]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def print_report(comparison_id, ranked, metric, rope):
+    """Print what the comparison found, as MLflow has it."""
+    data = mlflow.get_run(comparison_id).data
+    print()
+    print(format_candidates(ranked, metric).to_string(index=False))
+    baseline = data.metrics[f"baseline_cv_{metric}"]
+    print(f"\nBaseline     {metric} {baseline:.4f}, always the most frequent class")
+    print(f"Best         {data.params['best_model']}, by its mean {metric} over the folds")
+    recommended = data.params["recommended_model"]
+    print(f"Recommended  {recommended}, the fastest that is practically as good as the best")
+    print(f"A percentage says how probable that is; a difference up to {rope} counts as the same.")
+
+
+def how_to_load_the_best(experiment_id, comparison_id, metric, train):
+    """Return code that loads the best model of a comparison, in any process with this store."""
+    return f"""
+Load the best model in any process with the same tracking URI:
+
+    import mlflow
+
+    best = mlflow.search_logged_models(
+        experiment_ids=["{experiment_id}"],
+        filter_string="tags.comparison = '{comparison_id}'",
+        order_by=[
+            {{
+                "field_name": "metrics.cv_{metric}",
+                "ascending": False,
+                "dataset_name": "{train.dataset.name}",
+                "dataset_digest": "{train.dataset.digest}",
+            }},
+            {{"field_name": "creation_timestamp", "ascending": True}},
+        ],
+        output_format="list",
+    )[0]
+    model = mlflow.pyfunc.load_model(best.model_uri)
+"""
+
+
+def say_that_all_failed():
+    """Print where to look for the reason; return the exit code for that."""
+    print("Every candidate failed; the tag `error` of its run says why", file=sys.stderr)
+    return 1
+
+
+def say_that_none_is_better():
+    """Print that nothing should be deployed; return the exit code for that."""
+    text = "No candidate is shown to be better than the baseline: deploy none"
+    print(text, file=sys.stderr)
+    return 1
+
+
+# The rest is the same in all three scripts, so you need to read it only once:
+# rows, model, store, and how a program ends.
+
+
+class Rows(NamedTuple):
+    """Rows of a table, and the MLflow data set that describes them."""
+
+    X: pd.DataFrame  # the features
+    y: pd.Series  # the classes, as text
+    dataset: mlflow.entities.Dataset
+
+
+def load_data(csv=None, target="diagnosis", test_size=0.2, seed=42):
+    """Load a table and split it into training rows and hold-out rows, stratified by class.
+
+    The table is a CSV file with a header, or scikit-learn's breast cancer data. Rows without a
+    class are left out. Numbers and true/false become floats, which can hold gaps; text stays.
+    Returns two Rows. Raises UserError if the table cannot be read, or the target not be learned.
+    """
+    name, table = read_table(csv)
     if target not in table or len(table.columns) < 2:
-        raise ValueError(f"{name} needs {target!r} and more, but has {', '.join(map(repr, table))}")
-    labels = table.pop(target).dropna().convert_dtypes().astype(str)  # in spite of gaps 1, not 1.0
+        columns = ", ".join(repr(column) for column in table)
+        raise UserError(f"{name} needs {target!r} and more columns, but has {columns}")
+
+    # As text, a class is the same in the table, in a request and in an answer.
+    labels = table[target].dropna().convert_dtypes().astype(str)
+    features = table.drop(columns=target).loc[labels.index]
+    features = features.apply(lambda column: column.astype("float64", errors="ignore"))
     print(f"{name}: {len(labels)} of {len(table)} rows have a {target!r}", flush=True)
-    least, count = int(FOLDS / (1 - TEST_SIZE)) + 1, labels.value_counts().tail().to_dict()
-    if len(count) < 2 or min(count.values()) < least:
-        raise ValueError(f"{target!r} needs 2 or more classes of {least} or more rows, has {count}")
-    table = table.apply(lambda column: column.astype("float64", errors="ignore"))  # text stays
-    for column in table.select_dtypes(exclude="number"):
-        if table[column].dropna().str.match(r"\d{1,4}[-/.]\d\d?[-/.]\d{1,4}\b(?!\.)").all():
-            raise ValueError(f"column {column!r} holds dates: turn them into numbers, such as days")
-    with_preprocessing("passthrough", table).fit(table)  # raises if a number is infinite
-    table = table.loc[labels.index].assign(**{target: labels})
-    parts = train_test_split(table, test_size=TEST_SIZE, stratify=labels, random_state=SEED)
-    for part, kind in zip(parts, ("train", "test"), strict=True):
-        dataset = mlflow.data.from_pandas(part, targets=target, name=f"{name}-{kind}")
-        yield part.drop(columns=target), part[target], dataset
+    check_labels(labels)
+    check_features(features)
+
+    parts = train_test_split(
+        features, labels, test_size=test_size, stratify=labels, random_state=seed
+    )
+    X_train, X_test, y_train, y_test = parts
+    return make_rows(X_train, y_train, f"{name}-train"), make_rows(X_test, y_test, f"{name}-test")
 
 
-def with_preprocessing(model, X):
-    """Return a pipeline that takes raw rows like X: it fills gaps, scales numbers, encodes text."""
+def read_table(csv):
+    """Return the name and the DataFrame of a CSV file, or of the breast cancer data if None."""
+    if csv is None:
+        data = load_breast_cancer(as_frame=True)
+        return "breast-cancer", data.data.assign(diagnosis=data.target_names[data.target])
+    try:
+        table = pd.read_csv(csv, low_memory=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {csv}: {error}") from error
+    words = re.findall("[a-z0-9]+", Path(csv).stem.lower())
+    return "-".join(words) or "table", table
+
+
+def check_labels(labels, fewest=7):
+    """Raise UserError unless there are two classes or more, each of `fewest` rows or more.
+
+    Of seven rows, five or more are in the training part: one for each of five folds.
+    """
+    counts = labels.value_counts()
+    if len(counts) < 2 or counts.min() < fewest:
+        raise UserError(
+            f"{labels.name!r} needs 2 or more classes of {fewest} or more rows each, "
+            f"but the rarest have {counts.tail().to_dict()}"
+        )
+
+
+def check_features(features):
+    """Raise UserError if a number is infinite; point out columns of nearly all different text."""
+    numbers = features.select_dtypes("number")
+    infinite = numbers.columns[np.isinf(numbers).any()]
+    if len(infinite):
+        raise UserError(f"column {infinite[0]!r} has infinite numbers: leave them empty")
+    for column in features.select_dtypes(exclude="number"):
+        different = features[column].nunique()
+        if different > 0.9 * features[column].count() > 20:
+            print(f"Note: column {column!r} has {different} different texts, which teach little.")
+
+
+def make_rows(X, y, name):
+    """Return Rows with an MLflow data set of this name."""
+    table = pd.concat([X, y], axis="columns")
+    return Rows(X, y, mlflow.data.from_pandas(table, targets=y.name, name=name))
+
+
+def add_preprocessing(model, X):
+    """Return a pipeline of the model that takes raw rows with the columns of X.
+
+    In a number, a gap becomes the mean of its column; then all numbers are scaled. In text, a gap
+    becomes a value of its own. Each of the 20 most frequent values of a column of text becomes a
+    column of zeros and ones; a value that was never seen in training is ignored.
+    """
     numbers = make_pipeline(SimpleImputer(keep_empty_features=True), StandardScaler())
-    word = {"strategy": "constant", "keep_empty_features": True}  # of its own, for every gap
-    gaps = [SimpleImputer(missing_values=gap, **word) for gap in (float("nan"), None)]  # JSON: None
-    words = OneHotEncoder(handle_unknown="ignore", max_categories=20, sparse_output=False)
-    numeric = (numbers, list(X.select_dtypes("number")))
-    columns = make_column_transformer(numeric, remainder=make_pipeline(*gaps, words))
+    gap_value = {"strategy": "constant", "keep_empty_features": True}
+    text = make_pipeline(
+        # A gap is NaN in a table, and None in a request as JSON.
+        SimpleImputer(missing_values=np.nan, **gap_value),
+        SimpleImputer(missing_values=None, **gap_value),
+        OneHotEncoder(handle_unknown="ignore", max_categories=20, sparse_output=False),
+    )
+    columns = make_column_transformer(
+        (numbers, list(X.select_dtypes("number"))),
+        (text, list(X.select_dtypes(exclude="number"))),
+    )
     return make_pipeline(columns, model)
 
 
-def open_store(experiment):
-    """Quieten MLflow, select or make the experiment, return store and web page. Raises OSError."""
-    logging.disable(logging.INFO)  # MLflow reports every table that it makes; warnings still show
-    logging.getLogger("mlflow.store.db.utils").disabled = True  # logs what it also raises
-    os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # two lines for every run
-    os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"  # on stderr, for every file
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")  # its own 7 take four minutes
-    uri = mlflow.get_tracking_uri()
-    place = re.sub("(//[^:/]*):[^@/]*@", r"\1:PASSWORD@", uri)
-    lock = f"{uri.removeprefix('sqlite:///')}.lock" if uri.startswith("sqlite:///") else ":memory:"
+def log_rows(**rows):
+    """Log data sets as inputs of the active run, as in log_rows(training=train, testing=test)."""
+    inputs = {
+        "datasets": [part.dataset for part in rows.values()],
+        "contexts": list(rows),
+        "tags_list": [None] * len(rows),
+    }
     try:
-        if uri.startswith("http"):
-            requests.get(f"{uri}/health", timeout=5)  # instead of the minutes that MLflow waits
-        with contextlib.closing(sqlite3.connect(lock, timeout=60)) as connection:
-            connection.execute("BEGIN EXCLUSIVE")  # one process makes the tables, the others wait
-            mlflow.set_experiment(experiment)
-        number = mlflow.set_experiment(experiment).experiment_id  # if another process has made it
-    except Exception as error:  # of the network, the file system or the database
-        raise OSError(f"start, unlock or free the store {place}: {error}") from None
-    ui = f"mlflow ui --backend-store-uri {place}  then open  http://127.0.0.1:5000"
-    ui = place if uri.startswith("http") else ui
-    return place, f"{ui}/#/experiments/{number}/runs?workflowType=machine_learning"
+        mlflow.log_inputs(**inputs)
+    except mlflow.MlflowException:
+        # Another process has logged the same new rows at the same moment, and MLflow has refused
+        # to store them twice. They are stored now, so a second call finds them.
+        mlflow.log_inputs(**inputs)
 
 
-def log_model(model, X):
-    """Log the fitted model to the active run, ready to be served; return its id."""
+def log_model(model, X, trusted_types):
+    """Log a fitted model to the active run, ready to be served, and return its model ID.
+
+    X are rows that it was trained on: the first five become its example of a request.
+    """
     packages = ["mlflow", "scikit-learn", "skops", "pandas", "numpy", "scipy"]
-    return mlflow.sklearn.log_model(
+    logged = mlflow.sklearn.log_model(
         model,
         name="model",
-        serialization_format="skops",  # a pickle can run any code when it is loaded
-        skops_trusted_types=TRUSTED,
+        # A pickle can run any code when it is loaded. Skops loads the types that it knows, and
+        # those that are named here.
+        serialization_format="skops",
+        skops_trusted_types=trusted_types,
         signature=mlflow.models.infer_signature(X, model.predict(X)),
         input_example=X.head(),
         pip_requirements=[f"{package}=={version(package)}" for package in packages],
-    ).model_id
+    )
+    return logged.model_id
+
+
+def open_store(experiment):
+    """Select an experiment in the store of MLFLOW_TRACKING_URI, or in mlflow.db in this folder.
+
+    Store and experiment are made if they do not exist. Returns the ID of the experiment. Raises
+    UserError if the store cannot be opened.
+    """
+    for name in ("MLFLOW_RUN_ID", "MLFLOW_REGISTRY_URI"):
+        if os.environ.get(name):
+            raise UserError(f"unset {name}: this script makes its runs itself, all in one store")
+    if not mlflow.is_tracking_uri_set():
+        mlflow.set_tracking_uri(f"sqlite:///{Path('mlflow.db').resolve()}")
+    quieten_mlflow()
+
+    uri = mlflow.get_tracking_uri()
+    try:
+        with impatient_requests(), one_process_at_a_time(uri):
+            return mlflow.set_experiment(experiment).experiment_id
+    except Exception as error:
+        message = f"start, unlock or free the store {uri}: {error}"
+        raise UserError(message) from error
+
+
+def quieten_mlflow():
+    """Leave warnings and errors on stderr, but no messages about progress."""
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    # This one logs the errors that it also raises.
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    # Without git on the machine, MLflow's search for the commit prints a page of advice.
+    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+
+
+@contextmanager
+def impatient_requests():
+    """Let a server that does not answer fail after seconds; later on, wait a minute for it."""
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "5")
+    settings = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
+
+
+@contextmanager
+def one_process_at_a_time(uri):
+    """Let one process make the tables of a new SQLite store, while others wait for it."""
+    if not uri.startswith("sqlite:///"):
+        yield
+        return
+    lock = unquote(uri.removeprefix("sqlite:///")) + ".lock"
+    with closing(sqlite3.connect(lock, timeout=60)) as connection:
+        connection.execute("BEGIN EXCLUSIVE")
+        yield
+
+
+def where_to_look(experiment_id, order_by="attributes.start_time"):
+    """Return the lines that say how to open the runs of an experiment, the greatest first."""
+    uri = mlflow.get_tracking_uri()
+    page = f"#/experiments/{experiment_id}/runs?workflowType=machine_learning"
+    page += f"&orderByKey={quote(order_by)}&orderByAsc=false"
+    if uri.startswith("http"):
+        return f"Look:  {hide_secrets(uri)}/{page}"
+    command = shlex.join(["mlflow", "ui", "--backend-store-uri", hide_secrets(uri)])
+    return f"Look:  {command}\n       then open http://127.0.0.1:5000/{page}"
+
+
+def next_command(script, *options, args):
+    """Return the line that says how to go on with another script, on the same data and metric."""
+    if args.csv is not None:
+        options += ("--csv", args.csv, "--target", args.target)
+    if args.metric != "accuracy":
+        options += ("--metric", args.metric)
+    path = Path(sys.argv[0]).with_name(script)
+    return "Next:  " + shlex.join(["python", str(path), *options])
+
+
+def hide_secrets(uri):
+    """Return the address of a store without user, password, token and options."""
+    if "://" not in uri or uri.startswith("sqlite:"):
+        return uri
+    url = sqlalchemy.make_url(uri).set(query={})
+    if url.username or url.password:
+        url = url.set(username="USER", password="PASSWORD")
+    return url.render_as_string(hide_password=False)
+
+
+def run_as_program(main):
+    """Run `main` and return its exit code; print what the user can mend in one line.
+
+    2: bad input, or a store that fails. 130: Ctrl-C. An unexpected error keeps its traceback.
+    """
+    signal.signal(signal.SIGINT, interrupt_outside_mlflow)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal that cannot show a letter shows "?"
+    try:
+        return main()
+    except KeyboardInterrupt:
+        message, code = "by Ctrl-C", 130
+    except (UserError, OSError, mlflow.MlflowException) as error:
+        # The cause names the trouble, such as a full disk, better than MLflow's own text.
+        cause = error if isinstance(error, UserError) else error.__cause__ or error
+        message, code = str(cause), 2
+    uri = mlflow.get_tracking_uri()
+    message = message.replace(uri, hide_secrets(uri))
+    print("Stopped:", message.partition("\n")[0], file=sys.stderr)
+    return code
+
+
+def interrupt_outside_mlflow(signal_number, frame):
+    """Handle Ctrl-C, but not in the middle of one of MLflow's writes: then try again soon."""
+    while frame is not None:
+        if frame.f_globals.get("__name__", "").split(".")[0] == "mlflow":
+            retry = threading.Timer(0.05, signal.raise_signal, [signal_number])
+            retry.daemon = True
+            retry.start()
+            return
+        frame = frame.f_back
+    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (OSError, ValueError, mlflow.MlflowException, KeyboardInterrupt) as error:
-        if isinstance(error, ValueError) and mlflow.last_active_run():
-            raise  # the input was fine: this is not expected
-        error = error.__cause__ or error  # such as a full disk, which MLflow's text does not name
-        print(f"Stopped: {str(error) or 'by Ctrl-C'}".splitlines()[0], file=sys.stderr)
-        sys.exit(130 if isinstance(error, KeyboardInterrupt) else 2)
+    sys.exit(run_as_program(main))

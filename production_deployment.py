@@ -1,40 +1,76 @@
-"""Take a model to production with MLflow: register, stage, check, promote, load, predict, undo.
+"""Take a model to production with MLflow: register, stage, validate, promote, predict, roll back.
 
 A scaled logistic regression is trained on scikit-learn's breast cancer data and registered (with
---model-uri: any logged scikit-learn model). The new version gets the alias `staging`, is loaded and
-has to pass a gate on rows that it has not seen; only then does the alias `production` move to it.
+--model-uri: any logged scikit-learn model). The new version gets the alias `staging`. It is loaded
+and has to pass a gate on the hold-out, beside the version that is in production. Only then does the
+alias `production` move to it.
+
+    python production_deployment.py
+    python production_deployment.py --model-uri runs:/RUN_ID/model
+    python production_deployment.py --csv customers.csv --target churned --metric f1
+    python production_deployment.py --rollback
+    python production_deployment.py --history
 
 It leaves this in the store (sqlite:///mlflow.db, or MLFLOW_TRACKING_URI where that is set):
 
     experiment production-deployment
-    └── deployment          the gate's figures, deployment_guide.md; `model` if it was trained here
+    └── deployment          figures of the gate, gate.png, deployment_guide.md, perhaps a `model`
     registered model breast-cancer-classifier
-    └── version 1, 2, …     tagged with source, rows and gate; aliases staging, production, previous
+    └── version 1, 2, …     with its verdict; aliases staging, production and previous
 
-Exit code 0: promoted, or rolled back. 1: refused by the gate. 2: bad input, or a store that fails.
+Exit code 0: promoted, or rolled back. 1: refused. 2: bad input, or a store that fails.
 """
 
-import contextlib
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "mlflow>=3.11.1,<3.18",
+#     "scikit-learn>=1.7,<1.10",
+#     "pandas>=2.2,<3.2",
+#     "numpy>=1.26,<2.5",
+# ]
+# ///
+
 import logging
 import os
+import random
 import re
 import shlex
+import signal
 import sqlite3
 import sys
+import threading
+import time
 import timeit
 import warnings
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from contextlib import closing, contextmanager, redirect_stderr
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
+from urllib.parse import quote, unquote
 
 import mlflow
+import numpy as np
 import pandas as pd
-import requests
-from mlflow.models import EvaluationResult, MetricThreshold
+import sqlalchemy
+from matplotlib.figure import Figure
+from mlflow.models import EvaluationResult, MetricThreshold, Model
 from sklearn.compose import make_column_transformer
 from sklearn.datasets import load_breast_cancer
+from sklearn.dummy import DummyClassifier
 from sklearn.impute import SimpleImputer
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import (
+    accuracy_score,
+    balanced_accuracy_score,
+    confusion_matrix,
+    f1_score,
+    precision_score,
+    recall_score,
+)
 from sklearn.model_selection import train_test_split
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
@@ -42,69 +78,634 @@ from sklearn.preprocessing import OneHotEncoder, StandardScaler
 EXPERIMENT = "production-deployment"
 SEED = 42  # of the split
 TEST_SIZE = 0.2  # share of the rows that the gate judges on
-FOLDS = 5  # of tuning and comparison: a class with fewer rows is refused
-GATE = {  # figures on the hold-out; a version that misses one of the limits is not promoted
-    "accuracy": MetricThreshold(threshold=0.93, greater_is_better=True),
-    "accuracy_gained": MetricThreshold(threshold=0.01, greater_is_better=True),  # on a constant
-    "accuracy_lost": MetricThreshold(threshold=0.02, greater_is_better=False),  # to production
-    "latency_ms": MetricThreshold(threshold=50, greater_is_better=False),  # for one row, median
-    "answers_its_example": MetricThreshold(threshold=1, greater_is_better=True),
-    "refuses_a_missing_column": MetricThreshold(threshold=1, greater_is_better=True),
+
+# The gate. A version that misses one of these limits is not promoted.
+MIN_SCORE = 0.93  # on the breast cancer data; for your own, --min-score
+MIN_GAIN = 0.01  # above the answer that is most frequent
+TOLERANCE = 0.02  # below production, or below the best that was ever in production
+RISK = 0.2  # probability that the score is lower than production's by more than the tolerance
+MAX_LATENCY_MS = 50  # for a request of one row, median
+
+# What --metric offers: functions of the true and the predicted classes. The greater score is the
+# better one, everywhere: an error would stand here as its negative, as in scikit-learn's scorers.
+METRICS = {
+    "accuracy": accuracy_score,
+    "balanced_accuracy": balanced_accuracy_score,
+    "f1": partial(f1_score, average="macro", zero_division=0),
+    "precision": partial(precision_score, average="macro", zero_division=0),
+    "recall": partial(recall_score, average="macro", zero_division=0),
 }
-TREE = "sklearn.ensemble._hist_gradient_boosting.predictor.TreePredictor"
-TRUSTED = ["numpy.dtype", "sklearn.tree._tree.Tree", TREE]  # what skops does not know: no code
+
+# Types that skops does not know, and may load all the same: they run no code.
+TRUSTED = [
+    "numpy.dtype",
+    "sklearn.tree._tree.Tree",
+    "sklearn.ensemble._hist_gradient_boosting.predictor.TreePredictor",
+]
 
 
-def load_checked(model_uri, columns):
-    """Return the loaded model; raise ValueError unless it is safe to load and for these columns."""
-    model_id = mlflow.models.get_model_info(model_uri).model_id
-    info = mlflow.models.get_model_info(f"models:/{model_id}")  # of what is going to be registered
-    skops, loader = info.flavors.get("sklearn", {}), info.flavors.get("python_function", {})
-    # MLflow trusts the types that the model itself names, and imports the loader that it names.
-    safe = skops.get("serialization_format") == "skops" and not loader.keys() & {"code", "data"}
-    safe = safe and set(skops.get("skops_trusted_types") or []) <= set(TRUSTED)
-    if not safe or loader.get("loader_module") != "mlflow.sklearn":
-        raise ValueError(f"{model_uri} could run code: log it as skops, of TRUSTED types")
-    names = info.signature.inputs.input_names() if info.signature else []
-    if names != list(columns) or loader.get("predict_fn", "predict") != "predict":
-        raise ValueError(f"{model_uri} does not predict classes from the columns of the data")
-    return mlflow.pyfunc.load_model(f"models:/{model_id}")
+class UserError(Exception):
+    """Something that the user can mend: run_as_program prints it without a traceback."""
 
 
-def judge(candidate, current, X, y):
-    """Return the figures of GATE for a loaded model; current: that in production, or None."""
-    accuracy = (candidate.predict(X) == y).mean()
-    lost = (current.predict(X) == y).mean() - accuracy if current else 0.0
-    seconds = timeit.repeat(lambda: candidate.predict(X.head(1)), number=1, repeat=50)
-    figures = {  # rounded, as 0.98 - 0.96 is 0.020000000000000018
-        "accuracy": accuracy,
-        "accuracy_gained": round(accuracy - y.value_counts(normalize=True).max(), 12),
-        "accuracy_lost": round(lost, 12),
-        "latency_ms": pd.Series(seconds).median() * 1000,
-        "answers_its_example": 0.0,
-        "refuses_a_missing_column": 1.0,
+def main(argv=None):
+    args = parse_args(argv)
+    metric = args.metric
+    train, test = load_data(args.csv, args.target, TEST_SIZE, SEED)
+    experiment_id = open_store(EXPERIMENT)
+    name = train.dataset.name.removesuffix("-train") + "-classifier"
+    if args.history:
+        return print_history(experiment_id, name)
+    if args.rollback is not None:
+        return rollback(experiment_id, name, args.rollback)
+
+    gate = make_gate(metric, args.min_score)
+    champion = load_champion(name, train, TRUSTED)
+    model_id = None
+    if args.model_uri is not None:
+        model_id = find_logged_model(args.model_uri, train.X.columns, TRUSTED)
+        if trained_on_other_rows(model_id, train):
+            return refuse("the model was trained on other rows, and may have seen the hold-out")
+
+    with mlflow.start_run(run_name="deployment"):
+        log_rows(training=train, testing=test)
+        if model_id is None:
+            print("1. Train a model and log it", flush=True)
+            model_id = log_model(train_model(train), train.X, TRUSTED)
+
+        print("2. Register it as a new version, with the alias `staging`", flush=True)
+        version = register(name, model_id, train)
+
+        print("3. Load the staged version and evaluate it on the hold-out", flush=True)
+        candidate = load_checked(f"models:/{name}/{version}", train.X.columns, TRUSTED)
+        best_score = best_score_in_production(experiment_id, name, metric, test)
+        figures = evaluate(
+            candidate, champion.model, best_score, train, test, metric, METRICS[metric], SEED
+        )
+        mlflow.log_metrics(figures, model_id=model_id, dataset=test.dataset)
+        missed = missed_limits(figures, gate)
+        print(format_gate(figures, gate).to_string(index=False))
+        record_verdict(name, version, missed, champion, model_id, figures, gate, test)
+        mlflow.log_figure(draw_answers(candidate, champion.model, test), "gate.png")
+        if missed:
+            mlflow.end_run("FAILED")
+            return refuse(f"version {version} misses {len(missed)} limits. {' '.join(missed)}")
+
+        print("4. Promote it: the alias `production` moves in one step", flush=True)
+        with one_promotion_at_a_time(experiment_id, name):
+            promoted = promote(name, version, replaces=champion.version)
+        if not promoted:
+            mlflow.end_run("FAILED")
+            return refuse("another version has come into production meanwhile; run this again")
+
+        mlflow.set_tag("outcome", "promoted")
+        guide = deployment_guide(name, version)
+        mlflow.log_text(guide, "deployment_guide.md")
+
+    print("5. Load the version in production and predict rows of the hold-out\n", flush=True)
+    print(predict_with_production(name, test, TRUSTED))
+    print(f"\n{guide}")
+    print(where_to_look(experiment_id))
+    if champion.version is not None:
+        print(undo_command(args))
+    return 0
+
+
+def parse_args(argv):
+    """Return the options of the command line."""
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--csv", metavar="FILE", help="learn from this table instead")
+    add("--target", default="diagnosis", help="its column that holds the classes")
+    add("--metric", choices=METRICS, default="accuracy", help="what the gate is about")
+    add("--model-uri", help="deploy this logged model: models:/m-… or runs:/RUN_ID/model")
+    add("--min-score", type=float, help=f"the least score; {MIN_SCORE} without --csv")
+    add("--history", action="store_true", help="print what was deployed, and end")
+    add(
+        "--rollback",
+        nargs="?",
+        const="previous",
+        metavar="VERSION",
+        help="put the previous version back into production, or one that was there before",
+    )
+    args = parser.parse_args(argv)
+    if args.min_score is None and args.csv is None:
+        args.min_score = MIN_SCORE
+    return args
+
+
+def make_gate(metric, min_score):
+    """Return the limits of the gate, a MetricThreshold for each figure of `evaluate`.
+
+    Without a least score, a version is held to the baseline and to production all the same.
+    """
+    at_least = partial(MetricThreshold, greater_is_better=True)
+    at_most = partial(MetricThreshold, greater_is_better=False)
+    gate = {
+        f"{metric}_gained": at_least(threshold=MIN_GAIN),
+        f"{metric}_lost": at_most(threshold=TOLERANCE),
+        f"p_{metric}_lost": at_most(threshold=RISK),
+        f"{metric}_lost_to_best": at_most(threshold=TOLERANCE),
+        "latency_ms": at_most(threshold=MAX_LATENCY_MS),
+        "answers_its_example": at_least(threshold=1),
+        "refuses_a_missing_column": at_least(threshold=1),
     }
-    with contextlib.suppress(mlflow.MlflowException, ValueError, TypeError):
-        candidate.predict(candidate.input_example)
-        figures["answers_its_example"] = 1.0
-        candidate.predict(X.drop(columns=X.columns[0]))
-        figures["refuses_a_missing_column"] = 0.0
-    return figures
+    if min_score is None:
+        print(f"No least {metric} is asked for; --min-score sets one", flush=True)
+        return gate
+    return {metric: at_least(threshold=min_score), **gate}
 
 
-def point(client, name, aliases):
-    """Point the aliases ({alias: version}) in this order; the legacy stage follows production."""
-    for alias, number in aliases.items():
-        try:
-            client.set_registered_model_alias(name, alias, number)
-        except mlflow.MlflowException:  # another deployment has just made it: now it can be moved
-            client.set_registered_model_alias(name, alias, number)
-    if "production" in aliases:
+class Champion(NamedTuple):
+    """The version in production. Both are None if there is none."""
+
+    version: str | None
+    model: mlflow.pyfunc.PyFuncModel | None  # None as well if it may not be loaded
+
+
+def load_champion(name, train, trusted_types):
+    """Return the Champion of a registered model.
+
+    One that may not be loaded, such as a pickle, must not stand in the way of a better one: it is
+    pointed out, and nothing is compared with it.
+    """
+    number = get_aliases(name).get("production")
+    if number is None:
+        return Champion(None, None)
+    try:
+        model = load_checked(f"models:/{name}/{number}", train.X.columns, trusted_types)
+    except UnsafeModel as error:
+        print(f"Note: nothing is compared with production, because {error}")
+        return Champion(number, None)
+    if trained_on_other_rows(model.model_id, train):
+        print(f"Note: version {number} in production may have seen these rows in its training")
+    return Champion(number, model)
+
+
+def get_aliases(name):
+    """Return the aliases of a registered model and the versions that they point at."""
+    found = mlflow.search_registered_models(filter_string=f"name = '{name}'")
+    return {alias: str(number) for alias, number in found[0].aliases.items()} if found else {}
+
+
+def find_logged_model(model_uri, columns, trusted_types):
+    """Return the ID of a logged model, after a check that it may be loaded.
+
+    Raises UserError or MlflowException if it may not, or if it is in no store.
+    """
+    model_id = mlflow.models.get_model_info(model_uri).model_id
+    load_checked(f"models:/{model_id}", columns, trusted_types)
+    return model_id
+
+
+def training_rows(model_id):
+    """Return the digests of the data sets that a model was trained on, by its run in the store."""
+    run = mlflow.get_run(mlflow.get_logged_model(model_id).source_run_id)
+    return {
+        data_input.dataset.digest
+        for data_input in run.inputs.dataset_inputs
+        if any(tag.value == "training" for tag in data_input.tags)
+    }
+
+
+def trained_on_other_rows(model_id, train):
+    """Return True if the store knows that a model was trained on other rows than these."""
+    known = training_rows(model_id)
+    return bool(known) and known != {train.dataset.digest}
+
+
+def train_model(train):
+    """Return a logistic regression that is fitted on the training rows."""
+    model = add_preprocessing(LogisticRegression(max_iter=1000), train.X)
+    return model.fit(train.X, train.y)
+
+
+def register(name, model_id, train):
+    """Register a logged model as a new version, give it the alias `staging`, return its number."""
+    client = mlflow.MlflowClient()
+    with redirect_stderr(sys.stdout):  # MLflow reports the success there
+        registered = mlflow.register_model(f"models:/{model_id}", name)
+    set_alias(name, "staging", registered.version)
+    columns = ", ".join(train.X.columns)
+    description = (
+        f"Predicts `{train.y.name}`, one of: {', '.join(sorted(train.y.unique()))}.\n\n"
+        f"Load it with `mlflow.pyfunc.load_model('models:/{name}@production')`.\n\n"
+        f"Columns: {columns}."
+    )
+    client.update_registered_model(name, description)
+    return str(registered.version)
+
+
+def set_alias(name, alias, number):
+    """Point an alias at a version."""
+    client = mlflow.MlflowClient()
+    try:
+        client.set_registered_model_alias(name, alias, number)
+    except mlflow.MlflowException:
+        # Another deployment has made this alias at the same moment. Now it can be moved.
+        client.set_registered_model_alias(name, alias, number)
+
+
+class UnsafeModel(UserError):
+    """A model that could run code when it is loaded or served."""
+
+
+def load_checked(model_uri, columns, trusted_types):
+    """Fetch a model, check the copy, and load that same copy.
+
+    Raises UnsafeModel if it could run code, and UserError if it does not predict a class from
+    these columns. A damaged file of trees can still crash the process: their indices are not
+    checked when they are loaded (skops issue 535).
+    """
+    with TemporaryDirectory() as folder:
+        path = Path(mlflow.artifacts.download_artifacts(model_uri, dst_path=folder))
+        reason = why_unsafe(path, trusted_types)
+        if reason:
+            raise UnsafeModel(f"{model_uri} could run code: {reason}")
+        info = Model.load(path)
+        names = info.signature.inputs.input_names() if info.signature else []
+        answers = info.flavors["python_function"].get("predict_fn", "predict")
+        if names != list(columns) or answers != "predict":
+            raise UserError(f"{model_uri} does not predict classes from the columns of the data")
+        return mlflow.pyfunc.load_model(str(path))
+
+
+# What a model of these scripts consists of. Everything else is refused.
+MODEL_FILES = {
+    "MLmodel",
+    "conda.yaml",
+    "input_example.json",
+    "model.skops",
+    "python_env.yaml",
+    "registered_model_meta",
+    "requirements.txt",
+    "serving_input_example.json",
+}
+FLAVORS = {
+    "sklearn": {"pickled_model": "model.skops", "serialization_format": "skops"},
+    "python_function": {
+        "env": {"conda": "conda.yaml", "virtualenv": "python_env.yaml"},
+        "loader_module": "mlflow.sklearn",
+        "model_path": "model.skops",
+    },
+}
+FREE_SETTINGS = {"sklearn_version", "skops_trusted_types", "python_version", "predict_fn"}
+# A line of the files that a server installs from: a package and its version, or one of the words
+# between them. An index, an address, a path or an option of pip is none of these.
+ENVIRONMENT_LINE = re.compile(
+    r"(\s*- )?(\w[\w.-]*(==|<=|=)[\w.]+|python: [\d.']+|name: [\w-]+|conda-forge|pip|wheel"
+    r"|setuptools|channels:|dependencies:|build_dependencies:|pip:|-r requirements.txt)?"
+)
+
+
+def why_unsafe(path, trusted_types):
+    """Return why the model in a folder may not be loaded or served, or None if it may."""
+    for file in path.rglob("*"):
+        if file.relative_to(path).as_posix() not in MODEL_FILES or file.is_symlink():
+            return f"it has the file {file.name}"
+
+    flavors = Model.load(path).flavors
+    if set(flavors) != set(FLAVORS):
+        return f"it has the flavors {', '.join(flavors)}"
+    for name, flavor in flavors.items():
+        settings = {key: flavor[key] for key in set(flavor) - FREE_SETTINGS if flavor[key]}
+        if settings != FLAVORS[name]:
+            return f"its flavor {name} is not that of a skops file"
+    # MLflow trusts the types that a model itself names.
+    other_types = set(flavors["sklearn"].get("skops_trusted_types") or []) - set(trusted_types)
+    if other_types:
+        return f"it has the types {', '.join(other_types)}"
+
+    for name in ("requirements.txt", "conda.yaml", "python_env.yaml"):
+        for line in (path / name).read_text().splitlines():
+            if not ENVIRONMENT_LINE.fullmatch(line):
+                return f"{name} has the line {line!r}"
+    return None
+
+
+def best_score_in_production(experiment_id, name, metric, test):
+    """Return the best score of the versions that were ever in production, on the same hold-out.
+
+    Small losses, each within the tolerance, must not add up. None if there was no version yet.
+    """
+    promoted = mlflow.search_runs(
+        [experiment_id],
+        f"tags.registered_model = '{name}' AND tags.outcome = 'promoted'"
+        f" AND tags.rows = '{test.dataset.digest}'",
+    )
+    column = f"metrics.{metric}"
+    return promoted[column].max() if column in promoted else None
+
+
+def evaluate(candidate, champion, best_score, train, test, metric, score, seed):
+    """Return the figures of the gate for a candidate, beside a champion and a best score, or None.
+
+    METRIC is the score on the hold-out. METRIC_gained is what it is above the most frequent class,
+    METRIC_lost what it is below the champion, METRIC_lost_to_best what it is below the best score.
+    p_METRIC_lost is how probable it is that more than TOLERANCE is lost. latency_ms is for a
+    request of one row, median. The last two are 1 for yes and 0 for no.
+    """
+    answers = candidate.predict(test.X)
+    candidate_score = score(test.y, answers)
+    baseline = DummyClassifier().fit(train.X, train.y).predict(test.X)
+    lost = 0.0
+    p_lost = 0.0
+    if champion is not None:
+        champion_answers = champion.predict(test.X)
+        lost = score(test.y, champion_answers) - candidate_score
+        p_lost = probability_of_loss(test.y, answers, champion_answers, score, TOLERANCE, seed)
+    lost_to_best = 0.0 if best_score is None else best_score - candidate_score
+    # Rounded, because 0.98 - 0.96 is 0.020000000000000018, which is more than a tolerance of 0.02.
+    return {
+        metric: candidate_score,
+        f"{metric}_gained": round(candidate_score - score(test.y, baseline), 12),
+        f"{metric}_lost": round(lost, 12),
+        f"p_{metric}_lost": p_lost,
+        f"{metric}_lost_to_best": round(lost_to_best, 12),
+        "latency_ms": median_latency_ms(candidate, test.X),
+        "answers_its_example": float(answers_its_example(candidate)),
+        "refuses_a_missing_column": float(refuses_a_missing_column(candidate, test.X)),
+    }
+
+
+def probability_of_loss(y, answers, champion_answers, score, tolerance, seed, draws=1000):
+    """Return how probable it is that a candidate scores lower than a champion by more than this.
+
+    A paired bootstrap (Efron and Tibshirani, An Introduction to the Bootstrap, 1993): both are
+    scored on the same rows, which are drawn anew, with replacement, `draws` times.
+    """
+    # Numbers are scored faster than text.
+    codes, _ = pd.factorize(np.concatenate([y, answers, champion_answers]))
+    y, answers, champion_answers = np.split(codes, 3)
+    random_rows = np.random.default_rng(seed)
+    worse = 0
+    for _ in range(draws):
+        rows = random_rows.integers(len(y), size=len(y))
+        loss = score(y[rows], champion_answers[rows]) - score(y[rows], answers[rows])
+        worse += loss > tolerance
+    return worse / draws
+
+
+def median_latency_ms(model, X):
+    """Return the median time of a request of one row, in milliseconds."""
+    row = X.head(1)
+    seconds = timeit.repeat(lambda: model.predict(row), number=1, repeat=50)
+    return 1000 * float(np.median(seconds))
+
+
+def answers_its_example(model):
+    """Return True if a loaded model answers the example of a request that was saved with it."""
+    try:
+        model.predict(model.input_example)
+    except (mlflow.MlflowException, ValueError, TypeError):
+        return False
+    return model.input_example is not None
+
+
+def refuses_a_missing_column(model, X):
+    """Return True if a loaded model refuses rows without one of its columns."""
+    try:
+        model.predict(X.drop(columns=X.columns[0]))
+    except (mlflow.MlflowException, ValueError):
+        return True
+    return False
+
+
+def missed_limits(figures, gate):
+    """Return a line for each limit that the figures miss, as MLflow words it."""
+    try:
+        mlflow.validate_evaluation_results(gate, EvaluationResult(figures, artifacts={}))
+    except mlflow.exceptions.MlflowException as error:
+        return str(error).splitlines()
+    return []
+
+
+def format_gate(figures, gate):
+    """Return the figures and their limits as a table to be printed."""
+    rows = []
+    for name, limit in gate.items():
+        side = "at least" if limit.greater_is_better else "at most"
+        margin = figures[name] - limit.threshold
+        if not limit.greater_is_better:
+            margin = -margin
+        rows.append(
+            {
+                "figure": name,
+                "value": f"{figures[name]:.4f}",
+                "limit": f"{side} {limit.threshold:g}",
+                "margin": f"{margin:+.4f}",
+                "": "passed" if margin >= 0 else "MISSED",
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def to_markdown(table):
+    """Return a DataFrame of text as a Markdown table."""
+    lines = [table.columns, ["---"] * len(table.columns), *table.to_numpy()]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def record_verdict(name, version, missed, champion, model_id, figures, gate, test):
+    """Write the verdict to the version and to the active run: tags to search by, a text to read."""
+    verdict = "failed" if missed else "passed"
+    beside = champion.version if champion.model is not None else "none"
+    run_id = mlflow.active_run().info.run_id
+    description = (
+        f"The gate on {test.dataset.name} (digest {test.dataset.digest}) was {verdict}, compared "
+        f"with version {beside} in production. See run {run_id}.\n\n"
+    )
+    description += to_markdown(format_gate(figures, gate))
+
+    client = mlflow.MlflowClient()
+    client.update_model_version(name, version, description)
+    client.set_model_version_tag(name, version, "validation_status", verdict)
+    client.set_model_version_tag(name, version, "compared_with", beside)
+    training = "known" if training_rows(model_id) else "unknown"
+    client.set_model_version_tag(name, version, "training_rows", training)
+    mlflow.set_tags(
+        {
+            "registered_model": name,
+            "version": version,
+            "replaces": champion.version or "none",
+            "rows": test.dataset.digest,
+            "outcome": "refused" if missed else "passed",
+            "mlflow.note.content": description,
+        }
+    )
+
+
+def draw_answers(candidate, champion, test):
+    """Return a figure: the confusion matrices of the candidate and, beside it, the champion."""
+    models = {"The candidate": candidate}
+    if champion is not None:
+        models["The version in production"] = champion
+    figure = Figure(figsize=(5 * len(models), 4.5), layout="constrained")
+    all_axes = np.atleast_1d(figure.subplots(1, len(models)))
+    for axes, (title, model) in zip(all_axes, models.items(), strict=True):
+        draw_confusion(axes, test.y, model.predict(test.X), title)
+    return figure
+
+
+def draw_confusion(axes, y, predicted, title):
+    """Draw the confusion matrix: in each cell the number of rows, and its share of the class."""
+    classes = sorted(y.unique())
+    counts = confusion_matrix(y, predicted, labels=classes)
+    shares = counts / counts.sum(axis=1, keepdims=True)
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    for (row, column), count in np.ndenumerate(counts):
+        share = shares[row, column]
+        color = "white" if share > 0.5 else "black"
+        text = f"{count}\n{share:.0%}"
+        axes.text(column, row, text, ha="center", va="center", color=color)
+    axes.set_xticks(range(len(classes)), classes)
+    axes.set_yticks(range(len(classes)), classes)
+    axes.set(xlabel="Predicted class", ylabel="True class")
+    axes.set_title(title)
+
+
+def undo_command(args):
+    """Return the line that says how to put the previous version back."""
+    options = [] if args.csv is None else ["--csv", args.csv, "--target", args.target]
+    return "Undo:  " + shlex.join(["python", sys.argv[0], "--rollback", *options])
+
+
+def refuse(reason):
+    """Print why nothing was promoted, and return the exit code for that."""
+    print(f"Refused: {reason}", file=sys.stderr)
+    return 1
+
+
+@contextmanager
+def one_promotion_at_a_time(experiment_id, name, patience=60):
+    """Wait until no other run promotes a version of this model, and let others wait for this one.
+
+    The registry has no lock and no compare-and-set (MLflow issue 2169). So a run first writes down
+    that it promotes, and then looks whether another one does: of two, at least one sees the other,
+    and steps back. Raises UserError after `patience` seconds.
+    """
+    run_id = mlflow.active_run().info.run_id
+    claims = f"tags.promoting = '{name}' AND attributes.status = 'RUNNING'"
+    deadline = time.time() + patience
+    while True:
+        mlflow.set_tags({"promoting": name, "promoting_since": time.time()})
+        found = mlflow.search_runs([experiment_id], claims, output_format="list")
+        # A run that was killed while it promoted must not stand in the way for ever.
+        others = [
+            run
+            for run in found
+            if run.info.run_id != run_id
+            and float(run.data.tags["promoting_since"]) > time.time() - patience
+        ]
+        if not others:
+            break
+        mlflow.delete_tag("promoting")
+        if time.time() > deadline:
+            raise UserError(f"run {others[0].info.run_id} is promoting a version of {name}")
+        time.sleep(random.uniform(0.1, 1))
+    try:
+        yield
+    finally:
+        mlflow.delete_tag("promoting")
+
+
+def promote(name, version, replaces):
+    """Point `production` at a version, and `previous` at the version that it replaces.
+
+    Returns False, and moves nothing, if another version than `replaces` is in production.
+    """
+    if get_aliases(name).get("production") != replaces:
+        return False
+    client = mlflow.MlflowClient()
+    client.set_model_version_tag(name, version, "was_in_production", "yes")
+    # If this process is killed between the two moves, both aliases point at `replaces`. Then
+    # this tag of that version tells what was there before it.
+    if replaces is not None:
+        client.set_model_version_tag(name, version, "replaces", replaces)
+        set_alias(name, "previous", replaces)
+    set_alias(name, "production", version)
+    set_legacy_stage(name, version)
+    return True
+
+
+def set_legacy_stage(name, version):
+    """Set the stage Production, for those who still load models:/NAME/Production.
+
+    MLflow has deprecated stages since 2.9, in favour of aliases. Leave this out if nobody does.
+    """
+    client = mlflow.MlflowClient()
+    try:
         with warnings.catch_warnings(action="ignore", category=FutureWarning):
-            # Stages are deprecated since MLflow 2.9 in favour of aliases. This one is set for those
-            # who still load models:/NAME/Production; leave it out if nobody does. True: archive the
-            # version that had it.
-            client.transition_model_version_stage(name, aliases["production"], "Production", True)
+            client.transition_model_version_stage(
+                name, version, "Production", archive_existing_versions=True
+            )
+    except (AttributeError, mlflow.MlflowException) as error:
+        print(f"Note: the alias has moved, but the legacy stage could not be set: {error}")
+
+
+def rollback(experiment_id, name, to):
+    """Put a version that was in production back there: `to` is its number, or "previous".
+
+    A second time, "previous" undoes the first. Raises UserError if there is no such version.
+    """
+    current = get_aliases(name).get("production")
+    target = previous_version(name) if to == "previous" else to
+    if current is None or target in (None, current):
+        raise UserError(f"{name} has no previous version to roll back to")
+    if "was_in_production" not in mlflow.MlflowClient().get_model_version(name, target).tags:
+        raise UserError(f"version {target} of {name} was never in production")
+
+    with mlflow.start_run(run_name="rollback"):
+        mlflow.set_tags({"registered_model": name, "version": target, "replaces": current})
+        with one_promotion_at_a_time(experiment_id, name):
+            promoted = promote(name, target, replaces=current)
+        if not promoted:
+            mlflow.end_run("FAILED")
+            return refuse("another version has come into production meanwhile")
+        mlflow.set_tag("outcome", "rolled back")
+    print(f"Rolled {name} back from version {current} to version {target}")
+    return 0
+
+
+def previous_version(name):
+    """Return the version that was in production before the present one, or None."""
+    aliases = get_aliases(name)
+    number = aliases.get("previous")
+    if number is not None and number == aliases.get("production"):
+        # A promotion was killed before it moved `production`.
+        number = mlflow.MlflowClient().get_model_version(name, number).tags.get("replaces")
+    return number
+
+
+def print_history(experiment_id, name):
+    """Print who promoted or rolled back which version, when, and what was refused."""
+    runs = mlflow.search_runs(
+        [experiment_id],
+        f"tags.registered_model = '{name}'",
+        order_by=["attributes.start_time ASC"],
+    )
+    if runs.empty:
+        raise UserError(f"{name} was never deployed from this store")
+    table = pd.DataFrame(
+        {
+            "when": runs["start_time"].dt.strftime("%Y-%m-%d %H:%M:%S %Z"),
+            "who": runs["tags.mlflow.user"],
+            "what": runs["tags.outcome"],
+            "version": runs["tags.version"],
+            "in place of": runs["tags.replaces"],
+            "run": runs["run_id"],
+        }
+    )
+    print(table.to_string(index=False))
+    return 0
+
+
+def predict_with_production(name, test, trusted_types):
+    """Return five rows of the hold-out, with their true class and that of production, as text."""
+    rows = test.X.head()
+    model = load_checked(f"models:/{name}@production", test.X.columns, trusted_types)
+    table = rows.iloc[:, :3].assign(actual=test.y.head(), predicted=model.predict(rows))
+    return table.to_string(index=False)
 
 
 # Indented lines are commands for a shell; `production` is looked up when they are run.
@@ -143,166 +744,278 @@ it; restart it after a promotion, or see "Swap without downtime" in README.md.
 """  # noqa: E501
 
 
-def main():
-    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("--csv", metavar="FILE", help="learn from this table instead")
-    parser.add_argument("--target", default="diagnosis", help="its column that holds the classes")
-    parser.add_argument("--model-uri", help="deploy this logged model: models:/m-… or runs:/…")
-    floor = GATE["accuracy"].threshold
-    parser.add_argument("--min-accuracy", type=float, default=floor, help=f"instead of {floor}")
-    parser.add_argument("--rollback", action="store_true", help="put `previous` into production")
-    args = parser.parse_args()
-    (X, y, train), (X_test, y_test, test) = load_data(args.csv, args.target)
-    name = f"{train.name.removesuffix('-train')}-classifier"
-    (store, look), client = open_store(EXPERIMENT), mlflow.MlflowClient()
-    registered = client.search_registered_models(f"name = '{name}'")
-    aliases = registered[0].aliases if registered else {}
-    current, previous = aliases.get("production"), aliases.get("previous")
-    if args.rollback:
-        if None in (current, previous) or current == previous:
-            raise ValueError(f"{name} has no previous version to roll back to")
-        point(client, name, {"production": previous, "previous": current})
-        print(f"Rolled {name} back from version {current} to version {previous}")
-        return
-    in_use = load_checked(f"models:/{name}/{current}", X) if current else None
-    model_id = None if args.model_uri is None else load_checked(args.model_uri, X).model_id
-
-    with mlflow.start_run(run_name="deployment") as run:
-        with contextlib.suppress(mlflow.MlflowException):  # another makes it now: ask again
-            mlflow.log_input(test, "testing")
-        mlflow.log_input(test, "testing")
-        if model_id is None:
-            print("1. Train and log a model", flush=True)
-            model = with_preprocessing(LogisticRegression(max_iter=1000), X)
-            model_id = log_model(model.fit(X, y), X)
-        print("2. Register it and give it the alias `staging`", flush=True)
-        with contextlib.redirect_stderr(sys.stdout):  # MLflow reports success on stderr
-            staged = mlflow.register_model(f"models:/{model_id}", name)
-        point(client, name, {"staging": staged.version})
-        print("3. Load what is staged and judge it on the hold-out")
-        # By its number: another deployment may move the alias meanwhile.
-        candidate = mlflow.pyfunc.load_model(f"models:/{name}/{staged.version}")
-        figures = judge(candidate, in_use, X_test, y_test)
-        mlflow.log_metrics(figures, model_id=model_id, dataset=test)
-        figures, status = client.get_run(run.info.run_id).data.metrics, "passed"
-        gate = GATE | {"accuracy": MetricThreshold(args.min_accuracy, greater_is_better=True)}
-        for check, limit in gate.items():
-            side = "at least" if limit.greater_is_better else "at most"
-            print(f"   {check} {figures[check]:.4f}, {side} {limit.threshold}")
-        try:
-            mlflow.validate_evaluation_results(gate, EvaluationResult(figures, {}))
-        except mlflow.MlflowException as error:  # each limit that is missed, in a line
-            status = " ".join(["failed:", *str(error).splitlines()])
-        tags = figures | {
-            "source_run": staged.run_id,
-            "judged_on": f"{test.name}, digest {test.digest}",
-            "judged_at": pd.Timestamp.now("UTC").isoformat(timespec="seconds"),
-            "judged_by": run.data.tags["mlflow.user"],
-            "validation_status": status,
-        }
-        for key, value in tags.items():
-            client.set_model_version_tag(name, staged.version, key, value)
-        if status != "passed":  # leaving the block by an exit marks the run FAILED
-            parser.exit(1, f"Version {staged.version} is refused, validation {status}\n")
-        guide = GUIDE.format(name=name, number=staged.version, store=shlex.quote(store))
-        mlflow.log_text(guide, "deployment_guide.md")
-        print("4. Promote it: the alias `production` moves in one step", flush=True)
-        before = {"previous": current} if current else {}
-        point(client, name, before | {"production": staged.version})
-
-    print("5. Load what is in production and predict rows of the hold-out")
-    model, rows = mlflow.pyfunc.load_model(f"models:/{name}@production"), X_test.head()
-    table = rows.iloc[:, :3].assign(actual=y_test, predicted=model.predict(rows))
-    print(table.to_string(index=False), f"{guide}\nLook:  {look}", sep="\n\n")
-    own_data = ["--csv", args.csv, "--target", args.target] if args.csv else []
-    if current:
-        print("Undo: ", shlex.join(["python", sys.argv[0], "--rollback", *own_data]))
+def deployment_guide(name, version):
+    """Return the commands that deploy a version, as Markdown. They are for a POSIX shell."""
+    store = shlex.quote(hide_secrets(mlflow.get_tracking_uri()))
+    return GUIDE.format(name=name, number=version, store=store)
 
 
-# The rest is the same in all three scripts: rows, preprocessing, store, model, errors.
-def load_data(csv=None, target="diagnosis"):
-    """Yield features, labels and MLflow's data set: of the training part, then of the hold-out.
+# The rest is the same in all three scripts, so you need to read it only once:
+# rows, model, store, and how a program ends.
 
-    Raises OSError or ValueError if the table cannot be read, or the target not be learnt from it.
+
+class Rows(NamedTuple):
+    """Rows of a table, and the MLflow data set that describes them."""
+
+    X: pd.DataFrame  # the features
+    y: pd.Series  # the classes, as text
+    dataset: mlflow.entities.Dataset
+
+
+def load_data(csv=None, target="diagnosis", test_size=0.2, seed=42):
+    """Load a table and split it into training rows and hold-out rows, stratified by class.
+
+    The table is a CSV file with a header, or scikit-learn's breast cancer data. Rows without a
+    class are left out. Numbers and true/false become floats, which can hold gaps; text stays.
+    Returns two Rows. Raises UserError if the table cannot be read, or the target not be learned.
     """
-    demo = load_breast_cancer(as_frame=True)
-    table = demo.data.assign(diagnosis=demo.target_names[demo.target])
-    table = table if csv is None else pd.read_csv(csv, low_memory=False)
-    name = "-".join(re.findall("[a-z0-9]+", Path(csv or "breast-cancer").stem.lower())) or "table"
+    name, table = read_table(csv)
     if target not in table or len(table.columns) < 2:
-        raise ValueError(f"{name} needs {target!r} and more, but has {', '.join(map(repr, table))}")
-    labels = table.pop(target).dropna().convert_dtypes().astype(str)  # in spite of gaps 1, not 1.0
+        columns = ", ".join(repr(column) for column in table)
+        raise UserError(f"{name} needs {target!r} and more columns, but has {columns}")
+
+    # As text, a class is the same in the table, in a request and in an answer.
+    labels = table[target].dropna().convert_dtypes().astype(str)
+    features = table.drop(columns=target).loc[labels.index]
+    features = features.apply(lambda column: column.astype("float64", errors="ignore"))
     print(f"{name}: {len(labels)} of {len(table)} rows have a {target!r}", flush=True)
-    least, count = int(FOLDS / (1 - TEST_SIZE)) + 1, labels.value_counts().tail().to_dict()
-    if len(count) < 2 or min(count.values()) < least:
-        raise ValueError(f"{target!r} needs 2 or more classes of {least} or more rows, has {count}")
-    table = table.apply(lambda column: column.astype("float64", errors="ignore"))  # text stays
-    for column in table.select_dtypes(exclude="number"):
-        if table[column].dropna().str.match(r"\d{1,4}[-/.]\d\d?[-/.]\d{1,4}\b(?!\.)").all():
-            raise ValueError(f"column {column!r} holds dates: turn them into numbers, such as days")
-    with_preprocessing("passthrough", table).fit(table)  # raises if a number is infinite
-    table = table.loc[labels.index].assign(**{target: labels})
-    parts = train_test_split(table, test_size=TEST_SIZE, stratify=labels, random_state=SEED)
-    for part, kind in zip(parts, ("train", "test"), strict=True):
-        dataset = mlflow.data.from_pandas(part, targets=target, name=f"{name}-{kind}")
-        yield part.drop(columns=target), part[target], dataset
+    check_labels(labels)
+    check_features(features)
+
+    parts = train_test_split(
+        features, labels, test_size=test_size, stratify=labels, random_state=seed
+    )
+    X_train, X_test, y_train, y_test = parts
+    return make_rows(X_train, y_train, f"{name}-train"), make_rows(X_test, y_test, f"{name}-test")
 
 
-def with_preprocessing(model, X):
-    """Return a pipeline that takes raw rows like X: it fills gaps, scales numbers, encodes text."""
+def read_table(csv):
+    """Return the name and the DataFrame of a CSV file, or of the breast cancer data if None."""
+    if csv is None:
+        data = load_breast_cancer(as_frame=True)
+        return "breast-cancer", data.data.assign(diagnosis=data.target_names[data.target])
+    try:
+        table = pd.read_csv(csv, low_memory=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {csv}: {error}") from error
+    words = re.findall("[a-z0-9]+", Path(csv).stem.lower())
+    return "-".join(words) or "table", table
+
+
+def check_labels(labels, fewest=7):
+    """Raise UserError unless there are two classes or more, each of `fewest` rows or more.
+
+    Of seven rows, five or more are in the training part: one for each of five folds.
+    """
+    counts = labels.value_counts()
+    if len(counts) < 2 or counts.min() < fewest:
+        raise UserError(
+            f"{labels.name!r} needs 2 or more classes of {fewest} or more rows each, "
+            f"but the rarest have {counts.tail().to_dict()}"
+        )
+
+
+def check_features(features):
+    """Raise UserError if a number is infinite; point out columns of nearly all different text."""
+    numbers = features.select_dtypes("number")
+    infinite = numbers.columns[np.isinf(numbers).any()]
+    if len(infinite):
+        raise UserError(f"column {infinite[0]!r} has infinite numbers: leave them empty")
+    for column in features.select_dtypes(exclude="number"):
+        different = features[column].nunique()
+        if different > 0.9 * features[column].count() > 20:
+            print(f"Note: column {column!r} has {different} different texts, which teach little.")
+
+
+def make_rows(X, y, name):
+    """Return Rows with an MLflow data set of this name."""
+    table = pd.concat([X, y], axis="columns")
+    return Rows(X, y, mlflow.data.from_pandas(table, targets=y.name, name=name))
+
+
+def add_preprocessing(model, X):
+    """Return a pipeline of the model that takes raw rows with the columns of X.
+
+    In a number, a gap becomes the mean of its column; then all numbers are scaled. In text, a gap
+    becomes a value of its own. Each of the 20 most frequent values of a column of text becomes a
+    column of zeros and ones; a value that was never seen in training is ignored.
+    """
     numbers = make_pipeline(SimpleImputer(keep_empty_features=True), StandardScaler())
-    word = {"strategy": "constant", "keep_empty_features": True}  # of its own, for every gap
-    gaps = [SimpleImputer(missing_values=gap, **word) for gap in (float("nan"), None)]  # JSON: None
-    words = OneHotEncoder(handle_unknown="ignore", max_categories=20, sparse_output=False)
-    numeric = (numbers, list(X.select_dtypes("number")))
-    columns = make_column_transformer(numeric, remainder=make_pipeline(*gaps, words))
+    gap_value = {"strategy": "constant", "keep_empty_features": True}
+    text = make_pipeline(
+        # A gap is NaN in a table, and None in a request as JSON.
+        SimpleImputer(missing_values=np.nan, **gap_value),
+        SimpleImputer(missing_values=None, **gap_value),
+        OneHotEncoder(handle_unknown="ignore", max_categories=20, sparse_output=False),
+    )
+    columns = make_column_transformer(
+        (numbers, list(X.select_dtypes("number"))),
+        (text, list(X.select_dtypes(exclude="number"))),
+    )
     return make_pipeline(columns, model)
 
 
-def open_store(experiment):
-    """Quieten MLflow, select or make the experiment, return store and web page. Raises OSError."""
-    logging.disable(logging.INFO)  # MLflow reports every table that it makes; warnings still show
-    logging.getLogger("mlflow.store.db.utils").disabled = True  # logs what it also raises
-    os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # two lines for every run
-    os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"  # on stderr, for every file
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")  # its own 7 take four minutes
-    uri = mlflow.get_tracking_uri()
-    place = re.sub("(//[^:/]*):[^@/]*@", r"\1:PASSWORD@", uri)
-    lock = f"{uri.removeprefix('sqlite:///')}.lock" if uri.startswith("sqlite:///") else ":memory:"
+def log_rows(**rows):
+    """Log data sets as inputs of the active run, as in log_rows(training=train, testing=test)."""
+    inputs = {
+        "datasets": [part.dataset for part in rows.values()],
+        "contexts": list(rows),
+        "tags_list": [None] * len(rows),
+    }
     try:
-        if uri.startswith("http"):
-            requests.get(f"{uri}/health", timeout=5)  # instead of the minutes that MLflow waits
-        with contextlib.closing(sqlite3.connect(lock, timeout=60)) as connection:
-            connection.execute("BEGIN EXCLUSIVE")  # one process makes the tables, the others wait
-            mlflow.set_experiment(experiment)
-        number = mlflow.set_experiment(experiment).experiment_id  # if another process has made it
-    except Exception as error:  # of the network, the file system or the database
-        raise OSError(f"start, unlock or free the store {place}: {error}") from None
-    ui = f"mlflow ui --backend-store-uri {place}  then open  http://127.0.0.1:5000"
-    ui = place if uri.startswith("http") else ui
-    return place, f"{ui}/#/experiments/{number}/runs?workflowType=machine_learning"
+        mlflow.log_inputs(**inputs)
+    except mlflow.MlflowException:
+        # Another process has logged the same new rows at the same moment, and MLflow has refused
+        # to store them twice. They are stored now, so a second call finds them.
+        mlflow.log_inputs(**inputs)
 
 
-def log_model(model, X):
-    """Log the fitted model to the active run, ready to be served; return its id."""
+def log_model(model, X, trusted_types):
+    """Log a fitted model to the active run, ready to be served, and return its model ID.
+
+    X are rows that it was trained on: the first five become its example of a request.
+    """
     packages = ["mlflow", "scikit-learn", "skops", "pandas", "numpy", "scipy"]
-    return mlflow.sklearn.log_model(
+    logged = mlflow.sklearn.log_model(
         model,
         name="model",
-        serialization_format="skops",  # a pickle can run any code when it is loaded
-        skops_trusted_types=TRUSTED,
+        # A pickle can run any code when it is loaded. Skops loads the types that it knows, and
+        # those that are named here.
+        serialization_format="skops",
+        skops_trusted_types=trusted_types,
         signature=mlflow.models.infer_signature(X, model.predict(X)),
         input_example=X.head(),
         pip_requirements=[f"{package}=={version(package)}" for package in packages],
-    ).model_id
+    )
+    return logged.model_id
+
+
+def open_store(experiment):
+    """Select an experiment in the store of MLFLOW_TRACKING_URI, or in mlflow.db in this folder.
+
+    Store and experiment are made if they do not exist. Returns the ID of the experiment. Raises
+    UserError if the store cannot be opened.
+    """
+    for name in ("MLFLOW_RUN_ID", "MLFLOW_REGISTRY_URI"):
+        if os.environ.get(name):
+            raise UserError(f"unset {name}: this script makes its runs itself, all in one store")
+    if not mlflow.is_tracking_uri_set():
+        mlflow.set_tracking_uri(f"sqlite:///{Path('mlflow.db').resolve()}")
+    quieten_mlflow()
+
+    uri = mlflow.get_tracking_uri()
+    try:
+        with impatient_requests(), one_process_at_a_time(uri):
+            return mlflow.set_experiment(experiment).experiment_id
+    except Exception as error:
+        message = f"start, unlock or free the store {uri}: {error}"
+        raise UserError(message) from error
+
+
+def quieten_mlflow():
+    """Leave warnings and errors on stderr, but no messages about progress."""
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    # This one logs the errors that it also raises.
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    # Without git on the machine, MLflow's search for the commit prints a page of advice.
+    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+
+
+@contextmanager
+def impatient_requests():
+    """Let a server that does not answer fail after seconds; later on, wait a minute for it."""
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "5")
+    settings = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
+
+
+@contextmanager
+def one_process_at_a_time(uri):
+    """Let one process make the tables of a new SQLite store, while others wait for it."""
+    if not uri.startswith("sqlite:///"):
+        yield
+        return
+    lock = unquote(uri.removeprefix("sqlite:///")) + ".lock"
+    with closing(sqlite3.connect(lock, timeout=60)) as connection:
+        connection.execute("BEGIN EXCLUSIVE")
+        yield
+
+
+def where_to_look(experiment_id, order_by="attributes.start_time"):
+    """Return the lines that say how to open the runs of an experiment, the greatest first."""
+    uri = mlflow.get_tracking_uri()
+    page = f"#/experiments/{experiment_id}/runs?workflowType=machine_learning"
+    page += f"&orderByKey={quote(order_by)}&orderByAsc=false"
+    if uri.startswith("http"):
+        return f"Look:  {hide_secrets(uri)}/{page}"
+    command = shlex.join(["mlflow", "ui", "--backend-store-uri", hide_secrets(uri)])
+    return f"Look:  {command}\n       then open http://127.0.0.1:5000/{page}"
+
+
+def next_command(script, *options, args):
+    """Return the line that says how to go on with another script, on the same data and metric."""
+    if args.csv is not None:
+        options += ("--csv", args.csv, "--target", args.target)
+    if args.metric != "accuracy":
+        options += ("--metric", args.metric)
+    path = Path(sys.argv[0]).with_name(script)
+    return "Next:  " + shlex.join(["python", str(path), *options])
+
+
+def hide_secrets(uri):
+    """Return the address of a store without user, password, token and options."""
+    if "://" not in uri or uri.startswith("sqlite:"):
+        return uri
+    url = sqlalchemy.make_url(uri).set(query={})
+    if url.username or url.password:
+        url = url.set(username="USER", password="PASSWORD")
+    return url.render_as_string(hide_password=False)
+
+
+def run_as_program(main):
+    """Run `main` and return its exit code; print what the user can mend in one line.
+
+    2: bad input, or a store that fails. 130: Ctrl-C. An unexpected error keeps its traceback.
+    """
+    signal.signal(signal.SIGINT, interrupt_outside_mlflow)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal that cannot show a letter shows "?"
+    try:
+        return main()
+    except KeyboardInterrupt:
+        message, code = "by Ctrl-C", 130
+    except (UserError, OSError, mlflow.MlflowException) as error:
+        # The cause names the trouble, such as a full disk, better than MLflow's own text.
+        cause = error if isinstance(error, UserError) else error.__cause__ or error
+        message, code = str(cause), 2
+    uri = mlflow.get_tracking_uri()
+    message = message.replace(uri, hide_secrets(uri))
+    print("Stopped:", message.partition("\n")[0], file=sys.stderr)
+    return code
+
+
+def interrupt_outside_mlflow(signal_number, frame):
+    """Handle Ctrl-C, but not in the middle of one of MLflow's writes: then try again soon."""
+    while frame is not None:
+        if frame.f_globals.get("__name__", "").split(".")[0] == "mlflow":
+            retry = threading.Timer(0.05, signal.raise_signal, [signal_number])
+            retry.daemon = True
+            retry.start()
+            return
+        frame = frame.f_back
+    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (OSError, ValueError, mlflow.MlflowException, KeyboardInterrupt) as error:
-        if isinstance(error, ValueError) and mlflow.last_active_run():
-            raise  # the input was fine: this is not expected
-        error = error.__cause__ or error  # such as a full disk, which MLflow's text does not name
-        print(f"Stopped: {str(error) or 'by Ctrl-C'}".splitlines()[0], file=sys.stderr)
-        sys.exit(130 if isinstance(error, KeyboardInterrupt) else 2)
+    sys.exit(run_as_program(main))
