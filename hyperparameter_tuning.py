@@ -103,7 +103,15 @@ TRUSTED = [
 
 
 class UserError(Exception):
-    """Something that the user can mend: run_as_program prints it without a traceback."""
+    """Something that the user can mend. The program ends in one line, without a traceback."""
+
+    exit_code = 2
+
+
+class Refused(UserError):
+    """Nothing is good enough to go on with."""
+
+    exit_code = 1
 
 
 def main(argv=None):
@@ -125,6 +133,7 @@ def main(argv=None):
         experiment_id = open_store(EXPERIMENT)
 
         with mlflow.start_run(run_id=args.resume, run_name="grid-search") as search:
+            search_id = search.info.run_id
             mlflow.log_params(settings)
             log_rows(training=train, testing=test)
             try:
@@ -132,25 +141,21 @@ def main(argv=None):
                     log_trial(trial, train.dataset)
             except KeyboardInterrupt:
                 mlflow.end_run("KILLED")
-                return say_how_to_resume(search.info.run_id, argv)
+                raise KeyboardInterrupt(how_to_resume(search_id, argv)) from None
 
-            ranked = rank_trials(search.info.run_id, metric)
+            ranked = rank_trials(search_id, metric)
             if ranked.empty:
-                mlflow.end_run("FAILED")
-                return say_that_all_failed(trials)
+                raise Refused(f"all {len(trials)} trials failed; their tag `error` says why")
 
             best_params = trials[ranked["tags.mlflow.runName"].iloc[0]]
-            model = make_forest(best_params, train.X, SEED).fit(train.X, train.y)
-            model_id = log_model(model, train.X, TRUSTED)
-            log_best(best_params, PARAM_GRID, ranked, model_id, metric, train)
-            log_hold_out(model, model_id, metric, METRICS[metric], train, test)
+            log_best(best_params, ranked, PARAM_GRID, metric, train)
+            refit_best(best_params, train, test, metric, METRICS[metric], SEED, TRUSTED)
             log_pictures(ranked, PARAM_GRID, metric)
             mlflow.log_metric("search_seconds", time.perf_counter() - started)
 
-    print_report(search.info.run_id, metric, PARAM_GRID, FOLDS)
+    print_report(search_id, metric, PARAM_GRID, FOLDS)
     print(where_to_look(experiment_id, f"metrics.`cv_{metric}`"))
-    print(next_command("model_comparison.py", "--tuned", search.info.run_id, args=args))
-    return 0
+    print(next_command("model_comparison.py", "--tuned", search_id, args=args))
 
 
 def parse_args(argv):
@@ -329,19 +334,24 @@ def cheapest_within_one_standard_error(ranked, metric, n_folds):
     return close.loc[close["metrics.fit_seconds"].idxmin()]
 
 
-def log_best(params, grid, ranked, model_id, metric, train):
-    """Log the parameters that were chosen, and what chose them, to the active run."""
+def log_best(params, ranked, grid, metric, train):
+    """Log to the active run which parameters are best, and what the grid says about each."""
     mlflow.log_params({f"best_{name}": repr(value) for name, value in params.items()})
-    cv_score = ranked[f"metrics.cv_{metric}"].iloc[0]
-    mlflow.log_metric(f"best_cv_{metric}", cv_score, model_id=model_id, dataset=train.dataset)
+    best_score = ranked[f"metrics.cv_{metric}"].iloc[0]
+    mlflow.log_metric(f"best_cv_{metric}", best_score, dataset=train.dataset)
     for name, advice in values_at_the_edge(params, grid).items():
         mlflow.set_tag(f"edge_{name}", advice)
     for name, scores in mean_scores(ranked, grid, metric).items():
         mlflow.log_metric(f"spread_{name}", scores.max() - scores.min())
 
 
-def log_hold_out(model, model_id, metric, score, train, test):
-    """Score a fitted model on the hold-out, and beside it the most frequent class as an answer."""
+def refit_best(params, train, test, metric, score, seed, trusted_types):
+    """Fit the best forest on all training rows, log it, and score it once on the hold-out.
+
+    Beside it stands what the most frequent class would score as an answer.
+    """
+    model = make_forest(params, train.X, seed).fit(train.X, train.y)
+    model_id = log_model(model, train.X, trusted_types)
     test_score = score(test.y, model.predict(test.X))
     mlflow.log_metric(f"test_{metric}", test_score, model_id=model_id, dataset=test.dataset)
     baseline = DummyClassifier().fit(train.X, train.y)
@@ -378,18 +388,20 @@ def draw_search(table, means, metric):
     figure = Figure(figsize=(12, 5), layout="constrained")
     grid_axes, means_axes = figure.subplots(1, 2)
 
+    row_names = [", ".join(row) if isinstance(row, tuple) else row for row in table.index]
     image = grid_axes.imshow(table, cmap="Blues", aspect="auto")
     figure.colorbar(image, ax=grid_axes, label=f"Cross-validated {metric}")
     grid_axes.set_xticks(range(len(table.columns)), table.columns)
-    grid_axes.set_yticks(range(len(table)), [str(values) for values in table.index])
+    grid_axes.set_yticks(range(len(table)), row_names)
     grid_axes.set(xlabel=table.columns.name, ylabel=", ".join(map(str, table.index.names)))
     grid_axes.set_title("Every trial")
 
     for name, scores in means.items():
         means_axes.plot(scores, [name] * len(scores), marker="o")
-        for value, score in scores.items():
+        for position, (value, score) in enumerate(scores.items()):
+            above_or_below = 8 if position % 2 else -16
             means_axes.annotate(
-                value, (score, name), (0, 8), textcoords="offset points", ha="center"
+                value, (score, name), (0, above_or_below), textcoords="offset points", ha="center"
             )
     means_axes.set(xlabel=f"Mean {metric} of the trials with this value")
     means_axes.set_title("The wider the line, the more the parameter matters")
@@ -463,18 +475,11 @@ def format_trials(ranked, grid, metric):
     return table
 
 
-def say_how_to_resume(search_id, argv):
-    """Print how to continue a search that Ctrl-C has stopped; return the exit code for that."""
+def how_to_resume(search_id, argv):
+    """Return how to continue a search that was cut short."""
     arguments = sys.argv[1:] if argv is None else argv
     command = shlex.join(["python", sys.argv[0], *arguments, "--resume", search_id])
-    print(f"\nStopped. The finished trials are kept; to go on: {command}", file=sys.stderr)
-    return 130
-
-
-def say_that_all_failed(trials):
-    """Print where to look for the reason; return the exit code for that."""
-    print(f"All {len(trials)} trials failed; their tag `error` says why", file=sys.stderr)
-    return 1
+    return f"by Ctrl-C. The finished trials are kept; to go on: {command}"
 
 
 # The rest is the same in all three scripts, so you need to read it only once:
@@ -711,21 +716,27 @@ def hide_secrets(uri):
 
 
 def run_as_program(main):
-    """Run `main` and return its exit code; print what the user can mend in one line.
+    """Run `main` and return the exit code; print what the user can mend in one line.
 
-    2: bad input, or a store that fails. 130: Ctrl-C. An unexpected error keeps its traceback.
+    0: done. 1: refused. 2: bad input, or a store that fails. 130: Ctrl-C. An unexpected error
+    keeps its traceback.
     """
     signal.signal(signal.SIGINT, interrupt_outside_mlflow)
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a terminal that cannot show a letter shows "?"
+        stream.reconfigure(errors="replace")  # "?" for a letter that the terminal cannot show
     try:
-        return main()
-    except KeyboardInterrupt:
-        message, code = "by Ctrl-C", 130
-    except (UserError, OSError, mlflow.MlflowException) as error:
+        main()
+        return 0
+    except KeyboardInterrupt as error:
+        message = str(error) or "by Ctrl-C"
+        code = 130
+    except UserError as error:
+        message = str(error)
+        code = error.exit_code
+    except (OSError, mlflow.MlflowException) as error:
         # The cause names the trouble, such as a full disk, better than MLflow's own text.
-        cause = error if isinstance(error, UserError) else error.__cause__ or error
-        message, code = str(cause), 2
+        message = str(error.__cause__ or error)
+        code = 2
     uri = mlflow.get_tracking_uri()
     message = message.replace(uri, hide_secrets(uri))
     print("Stopped:", message.partition("\n")[0], file=sys.stderr)
@@ -733,7 +744,10 @@ def run_as_program(main):
 
 
 def interrupt_outside_mlflow(signal_number, frame):
-    """Handle Ctrl-C, but not in the middle of one of MLflow's writes: then try again soon."""
+    """Let Ctrl-C stop the program, but never in the middle of a write of MLflow's.
+
+    Such a write is finished first, so that no run is left RUNNING and no database locked.
+    """
     while frame is not None:
         if frame.f_globals.get("__name__", "").split(".")[0] == "mlflow":
             retry = threading.Timer(0.05, signal.raise_signal, [signal_number])

@@ -108,7 +108,15 @@ TRUSTED = [
 
 
 class UserError(Exception):
-    """Something that the user can mend: run_as_program prints it without a traceback."""
+    """Something that the user can mend. The program ends in one line, without a traceback."""
+
+    exit_code = 2
+
+
+class Refused(UserError):
+    """Nothing is good enough to go on with."""
+
+    exit_code = 1
 
 
 def main(argv=None):
@@ -136,10 +144,9 @@ def main(argv=None):
                 if log_candidate(result, params, train, test, METRICS, TRUSTED):
                     scores[result.name] = result.scores[metric]
 
-            models = find_models(experiment_id, comparison_id, metric, train)
+            models = rank_models(experiment_id, comparison_id, metric, train)
             if not models:
-                mlflow.end_run("FAILED")
-                return say_that_all_failed()
+                raise Refused("every candidate failed; the tag `error` of its run says why")
 
             log_probabilities(models, scores, ROPE, RISK, FOLDS)
             # The workers are quiet by now, so these are the times of the models alone.
@@ -147,17 +154,16 @@ def main(argv=None):
 
             ranked = rank_candidates(experiment_id, comparison_id, metric)
             recommended = recommend(ranked, RISK, NOISE)
-            log_choice(models[0], recommended, scores, metric, train)
+            log_choice(ranked, recommended, scores, metric, train)
             log_report(ranked, scores, models[0], test, metric, ROPE, FOLDS)
 
     print_report(comparison_id, ranked, metric, ROPE)
     print(how_to_load_the_best(experiment_id, comparison_id, metric, train))
     print(where_to_look(experiment_id, f"metrics.`cv_{metric}`"))
     if recommended is None:
-        return say_that_none_is_better()
+        raise Refused("no candidate is shown to be better than the baseline: deploy none")
     model_uri = f"runs:/{recommended['run_id']}/model"
     print(next_command("production_deployment.py", "--model-uri", model_uri, args=args))
-    return 0
 
 
 def parse_args(argv):
@@ -306,6 +312,7 @@ def log_candidate(result, params, train, test, metrics, trusted_types):
     comparison_id = mlflow.active_run().info.run_id
     with mlflow.start_run(run_name=result.name, nested=True):
         mlflow.log_params(params)
+        log_rows(training=train, testing=test)
         try:
             if result.error:
                 raise result.error
@@ -335,7 +342,7 @@ def summarize_folds(scores):
     return summary
 
 
-def find_models(experiment_id, comparison_id, metric, train):
+def rank_models(experiment_id, comparison_id, metric, train):
     """Ask MLflow for the models of a comparison: a list of LoggedModel, the best first."""
     best_first = {
         "field_name": f"metrics.cv_{metric}",
@@ -462,15 +469,14 @@ def recommend(ranked, risk, noise):
     return fast.iloc[0]
 
 
-def log_choice(best, recommended, scores, metric, train):
+def log_choice(ranked, recommended, scores, metric, train):
     """Log to the active run which model is the best, which is recommended, and the baseline."""
-    name = best.tags["candidate"]
-    mlflow.log_param("best_model", name)
     recommended_name = "none" if recommended is None else recommended["tags.mlflow.runName"]
+    mlflow.log_param("best_model", ranked["tags.mlflow.runName"].iloc[0])
     mlflow.log_param("recommended_model", recommended_name)
-    best_score = round(scores[name].mean(), 12)
-    baseline_score = round(scores["baseline"].mean(), 12)
+    best_score = ranked[f"metrics.cv_{metric}"].iloc[0]
     mlflow.log_metric(f"best_cv_{metric}", best_score, dataset=train.dataset)
+    baseline_score = scores["baseline"].mean()
     mlflow.log_metric(f"baseline_cv_{metric}", baseline_score, dataset=train.dataset)
 
 
@@ -482,7 +488,7 @@ def log_report(ranked, scores, best, test, metric, rope, n_folds):
     mlflow.log_text(full_table.to_csv(), "comparison.csv")
     mlflow.log_text(scores.to_csv(index_label="fold"), "folds.csv")
 
-    figure = Figure(figsize=(16, 5), layout="constrained")
+    figure = Figure(figsize=(13, 4.5), layout="constrained")
     differences_axes, costs_axes, matrix_axes = figure.subplots(1, 3)
     draw_differences(differences_axes, scores, list(names), metric, rope, n_folds)
     draw_costs(costs_axes, ranked, metric)
@@ -501,11 +507,10 @@ def draw_differences(axes, scores, names, metric, rope, n_folds):
             low, high = posterior.interval(0.95)
             axes.plot([low, high], [name, name], color="tab:blue", linewidth=3)
             axes.plot(posterior.mean(), name, "o", color="tab:blue", markersize=9)
-    axes.axvspan(-rope, rope, color="tab:green", alpha=0.15, label="no difference that matters")
+    axes.axvspan(-rope, rope, color="tab:green", alpha=0.15)
     axes.invert_yaxis()
-    axes.legend(loc="lower left")
-    axes.set(xlabel=f"Difference in {metric} from the best, with its 95 % interval")
-    axes.set_title("How sure is it?")
+    axes.set(xlabel=f"Difference in {metric} from the best (95 % interval)")
+    axes.set_title("In the green band, no difference matters")
 
 
 def draw_costs(axes, ranked, metric):
@@ -513,15 +518,14 @@ def draw_costs(axes, ranked, metric):
     points = ranked.dropna(subset="metrics.latency_ms_p50").sort_values("metrics.latency_ms_p50")
     latency = points["metrics.latency_ms_p50"]
     score = points[f"metrics.cv_{metric}"]
-    on_front = score > score.cummax().shift(fill_value=-np.inf)
-    axes.plot(latency[on_front], score[on_front], "--", color="gray", label="Pareto front")
-    axes.plot(latency, score, "o", markersize=9)
+    front = score > score.cummax().shift(fill_value=-np.inf)
+    axes.plot(latency, score, "o", color="lightgray", markersize=9)
+    axes.plot(latency[front], score[front], "o--", color="tab:blue", markersize=9)
     for name, x, y in zip(points["tags.mlflow.runName"], latency, score, strict=True):
         axes.annotate(name, (x, y), (0, 10), textcoords="offset points", ha="center")
-    axes.margins(0.25)
-    axes.legend(loc="lower right")
+    axes.margins(0.3)
     axes.set(xlabel="Latency of one row, median (ms)", ylabel=f"Cross-validated {metric}")
-    axes.set_title("What does it cost?")
+    axes.set_title("Blue: no other is both better and faster")
 
 
 def draw_confusion(axes, y, predicted, title):
@@ -606,19 +610,6 @@ Load the best model in any process with the same tracking URI:
     )[0]
     model = mlflow.pyfunc.load_model(best.model_uri)
 """
-
-
-def say_that_all_failed():
-    """Print where to look for the reason; return the exit code for that."""
-    print("Every candidate failed; the tag `error` of its run says why", file=sys.stderr)
-    return 1
-
-
-def say_that_none_is_better():
-    """Print that nothing should be deployed; return the exit code for that."""
-    text = "No candidate is shown to be better than the baseline: deploy none"
-    print(text, file=sys.stderr)
-    return 1
 
 
 # The rest is the same in all three scripts, so you need to read it only once:
@@ -855,21 +846,27 @@ def hide_secrets(uri):
 
 
 def run_as_program(main):
-    """Run `main` and return its exit code; print what the user can mend in one line.
+    """Run `main` and return the exit code; print what the user can mend in one line.
 
-    2: bad input, or a store that fails. 130: Ctrl-C. An unexpected error keeps its traceback.
+    0: done. 1: refused. 2: bad input, or a store that fails. 130: Ctrl-C. An unexpected error
+    keeps its traceback.
     """
     signal.signal(signal.SIGINT, interrupt_outside_mlflow)
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a terminal that cannot show a letter shows "?"
+        stream.reconfigure(errors="replace")  # "?" for a letter that the terminal cannot show
     try:
-        return main()
-    except KeyboardInterrupt:
-        message, code = "by Ctrl-C", 130
-    except (UserError, OSError, mlflow.MlflowException) as error:
+        main()
+        return 0
+    except KeyboardInterrupt as error:
+        message = str(error) or "by Ctrl-C"
+        code = 130
+    except UserError as error:
+        message = str(error)
+        code = error.exit_code
+    except (OSError, mlflow.MlflowException) as error:
         # The cause names the trouble, such as a full disk, better than MLflow's own text.
-        cause = error if isinstance(error, UserError) else error.__cause__ or error
-        message, code = str(cause), 2
+        message = str(error.__cause__ or error)
+        code = 2
     uri = mlflow.get_tracking_uri()
     message = message.replace(uri, hide_secrets(uri))
     print("Stopped:", message.partition("\n")[0], file=sys.stderr)
@@ -877,7 +874,10 @@ def run_as_program(main):
 
 
 def interrupt_outside_mlflow(signal_number, frame):
-    """Handle Ctrl-C, but not in the middle of one of MLflow's writes: then try again soon."""
+    """Let Ctrl-C stop the program, but never in the middle of a write of MLflow's.
+
+    Such a write is finished first, so that no run is left RUNNING and no database locked.
+    """
     while frame is not None:
         if frame.f_globals.get("__name__", "").split(".")[0] == "mlflow":
             retry = threading.Timer(0.05, signal.raise_signal, [signal_number])

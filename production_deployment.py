@@ -79,12 +79,25 @@ EXPERIMENT = "production-deployment"
 SEED = 42  # of the split
 TEST_SIZE = 0.2  # share of the rows that the gate judges on
 
-# The gate. A version that misses one of these limits is not promoted.
-MIN_SCORE = 0.93  # on the breast cancer data; for your own, --min-score
-MIN_GAIN = 0.01  # above the answer that is most frequent
-TOLERANCE = 0.02  # below production, or below the best that was ever in production
-RISK = 0.2  # probability that the score is lower than production's by more than the tolerance
-MAX_LATENCY_MS = 50  # for a request of one row, median
+TOLERANCE = 0.02  # how much lower than production's a score may be
+
+# The limits that a version has to keep to be promoted, on the figures that `main` collects.
+GATE = {
+    # The score on the hold-out; for your own data, --min-score.
+    "score": MetricThreshold(threshold=0.93, greater_is_better=True),
+    # What it gains on the answer that is most frequent.
+    "gained": MetricThreshold(threshold=0.01, greater_is_better=True),
+    # What it loses to production, and the probability that it loses more than the tolerance.
+    "lost": MetricThreshold(threshold=TOLERANCE, greater_is_better=False),
+    "p_lost": MetricThreshold(threshold=0.2, greater_is_better=False),
+    # What it loses to the best score of all that have been in production: small losses add up.
+    "lost_to_best": MetricThreshold(threshold=TOLERANCE, greater_is_better=False),
+    # For a request of one row, median.
+    "latency_ms": MetricThreshold(threshold=50, greater_is_better=False),
+    # 1 for yes, 0 for no.
+    "answers_its_example": MetricThreshold(threshold=1, greater_is_better=True),
+    "refuses_a_missing_column": MetricThreshold(threshold=1, greater_is_better=True),
+}
 
 # What --metric offers: functions of the true and the predicted classes. The greater score is the
 # better one, everywhere: an error would stand here as its negative, as in scikit-learn's scorers.
@@ -105,70 +118,60 @@ TRUSTED = [
 
 
 class UserError(Exception):
-    """Something that the user can mend: run_as_program prints it without a traceback."""
+    """Something that the user can mend. The program ends in one line, without a traceback."""
+
+    exit_code = 2
+
+
+class Refused(UserError):
+    """Nothing is good enough to go on with."""
+
+    exit_code = 1
 
 
 def main(argv=None):
     args = parse_args(argv)
-    metric = args.metric
     train, test = load_data(args.csv, args.target, TEST_SIZE, SEED)
     experiment_id = open_store(EXPERIMENT)
     name = train.dataset.name.removesuffix("-train") + "-classifier"
     if args.history:
-        return print_history(experiment_id, name)
+        print_history(experiment_id, name)
+        return
     if args.rollback is not None:
-        return rollback(experiment_id, name, args.rollback)
+        rollback(experiment_id, name, args.rollback)
+        return
 
-    gate = make_gate(metric, args.min_score)
+    gate = set_min_score(GATE, args.min_score, args.csv)
     champion = load_champion(name, train, TRUSTED)
-    model_id = None
-    if args.model_uri is not None:
-        model_id = find_logged_model(args.model_uri, train.X.columns, TRUSTED)
-        if trained_on_other_rows(model_id, train):
-            return refuse("the model was trained on other rows, and may have seen the hold-out")
+    model_id = find_logged_model(args.model_uri, train, TRUSTED)
 
     with mlflow.start_run(run_name="deployment"):
         log_rows(training=train, testing=test)
         if model_id is None:
-            print("1. Train a model and log it", flush=True)
-            model_id = log_model(train_model(train), train.X, TRUSTED)
-
-        print("2. Register it as a new version, with the alias `staging`", flush=True)
+            model_id = train_model(train, TRUSTED)
         version = register(name, model_id, train)
 
-        print("3. Load the staged version and evaluate it on the hold-out", flush=True)
+        # What will be served is what is judged: the version, loaded from the registry.
         candidate = load_checked(f"models:/{name}/{version}", train.X.columns, TRUSTED)
-        best_score = best_score_in_production(experiment_id, name, metric, test)
-        figures = evaluate(
-            candidate, champion.model, best_score, train, test, metric, METRICS[metric], SEED
-        )
-        mlflow.log_metrics(figures, model_id=model_id, dataset=test.dataset)
+        score = METRICS[args.metric]
+        figures = evaluate(candidate, train, test, score)
+        figures |= compare(candidate, champion.model, test, score, TOLERANCE, SEED)
+        figures |= compare_with_history(experiment_id, name, args.metric, test, figures["score"])
+        log_figures(figures, model_id, args.metric, test)
         missed = missed_limits(figures, gate)
-        print(format_gate(figures, gate).to_string(index=False))
-        record_verdict(name, version, missed, champion, model_id, figures, gate, test)
-        mlflow.log_figure(draw_answers(candidate, champion.model, test), "gate.png")
+        record_verdict(name, version, champion, candidate, figures, gate, missed, test)
         if missed:
-            mlflow.end_run("FAILED")
-            return refuse(f"version {version} misses {len(missed)} limits. {' '.join(missed)}")
+            raise Refused(f"version {version} misses a limit. {' '.join(missed)}")
 
-        print("4. Promote it: the alias `production` moves in one step", flush=True)
         with one_promotion_at_a_time(experiment_id, name):
-            promoted = promote(name, version, replaces=champion.version)
-        if not promoted:
-            mlflow.end_run("FAILED")
-            return refuse("another version has come into production meanwhile; run this again")
-
-        mlflow.set_tag("outcome", "promoted")
+            promote(name, version, replaces=champion.version)
         guide = deployment_guide(name, version)
         mlflow.log_text(guide, "deployment_guide.md")
 
-    print("5. Load the version in production and predict rows of the hold-out\n", flush=True)
-    print(predict_with_production(name, test, TRUSTED))
+    print(predict_with_production(name, test, TRUSTED).to_string(index=False))
     print(f"\n{guide}")
     print(where_to_look(experiment_id))
-    if champion.version is not None:
-        print(undo_command(args))
-    return 0
+    print_undo(champion, args)
 
 
 def parse_args(argv):
@@ -177,43 +180,33 @@ def parse_args(argv):
     add = parser.add_argument
     add("--csv", metavar="FILE", help="learn from this table instead")
     add("--target", default="diagnosis", help="its column that holds the classes")
-    add("--metric", choices=METRICS, default="accuracy", help="what the gate is about")
+    add("--metric", choices=METRICS, default="accuracy", help="what the gate's score is")
     add("--model-uri", help="deploy this logged model: models:/m-… or runs:/RUN_ID/model")
-    add("--min-score", type=float, help=f"the least score; {MIN_SCORE} without --csv")
-    add("--history", action="store_true", help="print what was deployed, and end")
+    add("--min-score", type=float, help="the least score that the gate asks for")
+    add("--history", action="store_true", help="print what was deployed and rolled back, and end")
     add(
         "--rollback",
         nargs="?",
         const="previous",
         metavar="VERSION",
-        help="put the previous version back into production, or one that was there before",
+        help="put the previous version back into production, or this one that was there before",
     )
-    args = parser.parse_args(argv)
-    if args.min_score is None and args.csv is None:
-        args.min_score = MIN_SCORE
-    return args
+    return parser.parse_args(argv)
 
 
-def make_gate(metric, min_score):
-    """Return the limits of the gate, a MetricThreshold for each figure of `evaluate`.
+def set_min_score(gate, min_score, csv):
+    """Return the gate with another least score.
 
-    Without a least score, a version is held to the baseline and to production all the same.
+    The least score of GATE is for the breast cancer data. A version for other data is held to
+    the baseline and to production, unless a least score is given for it.
     """
-    at_least = partial(MetricThreshold, greater_is_better=True)
-    at_most = partial(MetricThreshold, greater_is_better=False)
-    gate = {
-        f"{metric}_gained": at_least(threshold=MIN_GAIN),
-        f"{metric}_lost": at_most(threshold=TOLERANCE),
-        f"p_{metric}_lost": at_most(threshold=RISK),
-        f"{metric}_lost_to_best": at_most(threshold=TOLERANCE),
-        "latency_ms": at_most(threshold=MAX_LATENCY_MS),
-        "answers_its_example": at_least(threshold=1),
-        "refuses_a_missing_column": at_least(threshold=1),
-    }
-    if min_score is None:
-        print(f"No least {metric} is asked for; --min-score sets one", flush=True)
+    if min_score is not None:
+        limit = MetricThreshold(threshold=min_score, greater_is_better=True)
+        return {**gate, "score": limit}
+    if csv is None:
         return gate
-    return {metric: at_least(threshold=min_score), **gate}
+    print("The gate asks for no least score; --min-score sets one", flush=True)
+    return {name: limit for name, limit in gate.items() if name != "score"}
 
 
 class Champion(NamedTuple):
@@ -248,51 +241,58 @@ def get_aliases(name):
     return {alias: str(number) for alias, number in found[0].aliases.items()} if found else {}
 
 
-def find_logged_model(model_uri, columns, trusted_types):
-    """Return the ID of a logged model, after a check that it may be loaded.
+def find_logged_model(model_uri, train, trusted_types):
+    """Return the ID of a logged model, after a check that it may be deployed; None for None.
 
-    Raises UserError or MlflowException if it may not, or if it is in no store.
+    Raises UserError if it may not be loaded or is in no store, and Refused if it was trained on
+    other rows than these: they may be those of the hold-out, and its score would be too good.
     """
+    if model_uri is None:
+        return None
     model_id = mlflow.models.get_model_info(model_uri).model_id
-    load_checked(f"models:/{model_id}", columns, trusted_types)
+    load_checked(f"models:/{model_id}", train.X.columns, trusted_types)
+    if not training_digests(model_id):
+        print("Note: the store does not know which rows the model was trained on", flush=True)
+    if trained_on_other_rows(model_id, train):
+        raise Refused(f"{model_uri} was trained on other rows, and may have seen the hold-out")
     return model_id
-
-
-def training_rows(model_id):
-    """Return the digests of the data sets that a model was trained on, by its run in the store."""
-    run = mlflow.get_run(mlflow.get_logged_model(model_id).source_run_id)
-    return {
-        data_input.dataset.digest
-        for data_input in run.inputs.dataset_inputs
-        if any(tag.value == "training" for tag in data_input.tags)
-    }
 
 
 def trained_on_other_rows(model_id, train):
     """Return True if the store knows that a model was trained on other rows than these."""
-    known = training_rows(model_id)
-    return bool(known) and known != {train.dataset.digest}
+    digests = training_digests(model_id)
+    return bool(digests) and digests != {train.dataset.digest}
 
 
-def train_model(train):
-    """Return a logistic regression that is fitted on the training rows."""
+def training_digests(model_id):
+    """Return the digests of the data sets that a model was trained on, by its run in the store."""
+    run = mlflow.get_run(mlflow.get_logged_model(model_id).source_run_id)
+    return {
+        dataset_input.dataset.digest
+        for dataset_input in run.inputs.dataset_inputs
+        if "training" in [tag.value for tag in dataset_input.tags]
+    }
+
+
+def train_model(train, trusted_types):
+    """Fit a logistic regression on the training rows, log it, and return its model ID."""
+    print("Train a model and log it", flush=True)
     model = add_preprocessing(LogisticRegression(max_iter=1000), train.X)
-    return model.fit(train.X, train.y)
+    return log_model(model.fit(train.X, train.y), train.X, trusted_types)
 
 
 def register(name, model_id, train):
-    """Register a logged model as a new version, give it the alias `staging`, return its number."""
-    client = mlflow.MlflowClient()
-    with redirect_stderr(sys.stdout):  # MLflow reports the success there
+    """Register a logged model as a new version with the alias `staging`, and return its number."""
+    print("Register it as a new version with the alias `staging`", flush=True)
+    with redirect_stderr(sys.stdout):  # MLflow reports success on stderr
         registered = mlflow.register_model(f"models:/{model_id}", name)
     set_alias(name, "staging", registered.version)
-    columns = ", ".join(train.X.columns)
     description = (
-        f"Predicts `{train.y.name}`, one of: {', '.join(sorted(train.y.unique()))}.\n\n"
+        f"Predicts `{train.y.name}`: {', '.join(sorted(train.y.unique()))}.\n\n"
         f"Load it with `mlflow.pyfunc.load_model('models:/{name}@production')`.\n\n"
-        f"Columns: {columns}."
+        f"It takes these columns: {', '.join(train.X.columns)}."
     )
-    client.update_registered_model(name, description)
+    mlflow.MlflowClient().update_registered_model(name, description)
     return str(registered.version)
 
 
@@ -383,49 +383,42 @@ def why_unsafe(path, trusted_types):
     return None
 
 
-def best_score_in_production(experiment_id, name, metric, test):
-    """Return the best score of the versions that were ever in production, on the same hold-out.
+def evaluate(model, train, test, score):
+    """Return what is to be known of a loaded model alone, scored on the hold-out.
 
-    Small losses, each within the tolerance, must not add up. None if there was no version yet.
+    score is its score, gained what the score is above that of the most frequent class, latency_ms
+    the median time for a request of one row. The last two are 1 for yes and 0 for no.
     """
-    promoted = mlflow.search_runs(
-        [experiment_id],
-        f"tags.registered_model = '{name}' AND tags.outcome = 'promoted'"
-        f" AND tags.rows = '{test.dataset.digest}'",
-    )
-    column = f"metrics.{metric}"
-    return promoted[column].max() if column in promoted else None
-
-
-def evaluate(candidate, champion, best_score, train, test, metric, score, seed):
-    """Return the figures of the gate for a candidate, beside a champion and a best score, or None.
-
-    METRIC is the score on the hold-out. METRIC_gained is what it is above the most frequent class,
-    METRIC_lost what it is below the champion, METRIC_lost_to_best what it is below the best score.
-    p_METRIC_lost is how probable it is that more than TOLERANCE is lost. latency_ms is for a
-    request of one row, median. The last two are 1 for yes and 0 for no.
-    """
-    answers = candidate.predict(test.X)
-    candidate_score = score(test.y, answers)
-    baseline = DummyClassifier().fit(train.X, train.y).predict(test.X)
-    lost = 0.0
-    p_lost = 0.0
-    if champion is not None:
-        champion_answers = champion.predict(test.X)
-        lost = score(test.y, champion_answers) - candidate_score
-        p_lost = probability_of_loss(test.y, answers, champion_answers, score, TOLERANCE, seed)
-    lost_to_best = 0.0 if best_score is None else best_score - candidate_score
-    # Rounded, because 0.98 - 0.96 is 0.020000000000000018, which is more than a tolerance of 0.02.
+    print("Load the staged version and evaluate it on the hold-out", flush=True)
+    model_score = score(test.y, model.predict(test.X))
+    baseline = DummyClassifier().fit(train.X, train.y)
+    baseline_score = score(test.y, baseline.predict(test.X))
     return {
-        metric: candidate_score,
-        f"{metric}_gained": round(candidate_score - score(test.y, baseline), 12),
-        f"{metric}_lost": round(lost, 12),
-        f"p_{metric}_lost": p_lost,
-        f"{metric}_lost_to_best": round(lost_to_best, 12),
-        "latency_ms": median_latency_ms(candidate, test.X),
-        "answers_its_example": float(answers_its_example(candidate)),
-        "refuses_a_missing_column": float(refuses_a_missing_column(candidate, test.X)),
+        "score": model_score,
+        "gained": difference(model_score, baseline_score),
+        "latency_ms": median_latency_ms(model, test.X),
+        "answers_its_example": float(answers_its_example(model)),
+        "refuses_a_missing_column": float(refuses_a_missing_column(model, test.X)),
     }
+
+
+def compare(candidate, champion, test, score, tolerance, seed):
+    """Return what a candidate loses to the champion on the hold-out; nothing if that is None.
+
+    lost is the difference of their scores, p_lost how probable it is to be above the tolerance.
+    """
+    if champion is None:
+        return {"lost": 0.0, "p_lost": 0.0}
+    answers = candidate.predict(test.X)
+    champion_answers = champion.predict(test.X)
+    lost = difference(score(test.y, champion_answers), score(test.y, answers))
+    p_lost = probability_of_loss(test.y, answers, champion_answers, score, tolerance, seed)
+    return {"lost": lost, "p_lost": p_lost}
+
+
+def difference(a, b):
+    """Return a - b, rounded: 0.98 - 0.96 is 0.020000000000000018, more than a limit of 0.02."""
+    return round(a - b, 12)
 
 
 def probability_of_loss(y, answers, champion_answers, score, tolerance, seed, draws=1000):
@@ -441,7 +434,7 @@ def probability_of_loss(y, answers, champion_answers, score, tolerance, seed, dr
     worse = 0
     for _ in range(draws):
         rows = random_rows.integers(len(y), size=len(y))
-        loss = score(y[rows], champion_answers[rows]) - score(y[rows], answers[rows])
+        loss = difference(score(y[rows], champion_answers[rows]), score(y[rows], answers[rows]))
         worse += loss > tolerance
     return worse / draws
 
@@ -471,6 +464,27 @@ def refuses_a_missing_column(model, X):
     return False
 
 
+def compare_with_history(experiment_id, name, metric, test, score):
+    """Return what a score loses to the best one on this hold-out that was ever in production.
+
+    Small losses, each within the tolerance, must not add up.
+    """
+    promoted = mlflow.search_runs(
+        [experiment_id],
+        f"tags.registered_model = '{name}' AND tags.outcome = 'promoted'"
+        f" AND tags.rows = '{test.dataset.digest}' AND params.metric = '{metric}'",
+    )
+    if promoted.empty:
+        return {"lost_to_best": 0.0}
+    return {"lost_to_best": difference(promoted["metrics.score"].max(), score)}
+
+
+def log_figures(figures, model_id, metric, test):
+    """Log the figures to the active run, linked to the model and to the hold-out."""
+    mlflow.log_param("metric", metric)
+    mlflow.log_metrics(figures, model_id=model_id, dataset=test.dataset)
+
+
 def missed_limits(figures, gate):
     """Return a line for each limit that the figures miss, as MLflow words it."""
     try:
@@ -480,8 +494,39 @@ def missed_limits(figures, gate):
     return []
 
 
+def record_verdict(name, version, champion, candidate, figures, gate, missed, test):
+    """Print the verdict, and write it to the version and to the active run.
+
+    The tags are there to be searched by, the table and the picture to be looked at.
+    """
+    table = format_gate(figures, gate)
+    print(table.to_string(index=False), flush=True)
+    verdict = "failed" if missed else "passed"
+    compared_with = "none" if champion.model is None else champion.version
+    description = (
+        f"The gate was {verdict} on {test.dataset.name} (digest {test.dataset.digest}), beside "
+        f"version {compared_with} in production.\n\n{to_markdown(table)}"
+    )
+    client = mlflow.MlflowClient()
+    client.update_model_version(name, version, description)
+    client.set_model_version_tag(name, version, "validation_status", verdict)
+    client.set_model_version_tag(name, version, "compared_with", compared_with)
+
+    mlflow.log_figure(draw_answers(candidate, champion.model, test), "gate.png")
+    mlflow.set_tags(
+        {
+            "registered_model": name,
+            "version": version,
+            "replaces": champion.version or "none",
+            "rows": test.dataset.digest,
+            "outcome": "refused" if missed else "passed",
+            "mlflow.note.content": description,
+        }
+    )
+
+
 def format_gate(figures, gate):
-    """Return the figures and their limits as a table to be printed."""
+    """Return the figures and their limits as a table of text."""
     rows = []
     for name, limit in gate.items():
         side = "at least" if limit.greater_is_better else "at most"
@@ -494,7 +539,7 @@ def format_gate(figures, gate):
                 "value": f"{figures[name]:.4f}",
                 "limit": f"{side} {limit.threshold:g}",
                 "margin": f"{margin:+.4f}",
-                "": "passed" if margin >= 0 else "MISSED",
+                "verdict": "passed" if margin >= 0 else "missed",
             }
         )
     return pd.DataFrame(rows)
@@ -504,35 +549,6 @@ def to_markdown(table):
     """Return a DataFrame of text as a Markdown table."""
     lines = [table.columns, ["---"] * len(table.columns), *table.to_numpy()]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def record_verdict(name, version, missed, champion, model_id, figures, gate, test):
-    """Write the verdict to the version and to the active run: tags to search by, a text to read."""
-    verdict = "failed" if missed else "passed"
-    beside = champion.version if champion.model is not None else "none"
-    run_id = mlflow.active_run().info.run_id
-    description = (
-        f"The gate on {test.dataset.name} (digest {test.dataset.digest}) was {verdict}, compared "
-        f"with version {beside} in production. See run {run_id}.\n\n"
-    )
-    description += to_markdown(format_gate(figures, gate))
-
-    client = mlflow.MlflowClient()
-    client.update_model_version(name, version, description)
-    client.set_model_version_tag(name, version, "validation_status", verdict)
-    client.set_model_version_tag(name, version, "compared_with", beside)
-    training = "known" if training_rows(model_id) else "unknown"
-    client.set_model_version_tag(name, version, "training_rows", training)
-    mlflow.set_tags(
-        {
-            "registered_model": name,
-            "version": version,
-            "replaces": champion.version or "none",
-            "rows": test.dataset.digest,
-            "outcome": "refused" if missed else "passed",
-            "mlflow.note.content": description,
-        }
-    )
 
 
 def draw_answers(candidate, champion, test):
@@ -562,18 +578,6 @@ def draw_confusion(axes, y, predicted, title):
     axes.set_yticks(range(len(classes)), classes)
     axes.set(xlabel="Predicted class", ylabel="True class")
     axes.set_title(title)
-
-
-def undo_command(args):
-    """Return the line that says how to put the previous version back."""
-    options = [] if args.csv is None else ["--csv", args.csv, "--target", args.target]
-    return "Undo:  " + shlex.join(["python", sys.argv[0], "--rollback", *options])
-
-
-def refuse(reason):
-    """Print why nothing was promoted, and return the exit code for that."""
-    print(f"Refused: {reason}", file=sys.stderr)
-    return 1
 
 
 @contextmanager
@@ -610,22 +614,24 @@ def one_promotion_at_a_time(experiment_id, name, patience=60):
 
 
 def promote(name, version, replaces):
-    """Point `production` at a version, and `previous` at the version that it replaces.
+    """Point `production` at a version, and `previous` at the version that it replaces, or None.
 
-    Returns False, and moves nothing, if another version than `replaces` is in production.
+    Raises Refused, and moves nothing, if another version than `replaces` is in production.
     """
-    if get_aliases(name).get("production") != replaces:
-        return False
+    current = get_aliases(name).get("production")
+    if current != replaces:
+        raise Refused(f"version {current} has come into production meanwhile; run this again")
+    print(f"Move the alias `production` to version {version}", flush=True)
     client = mlflow.MlflowClient()
     client.set_model_version_tag(name, version, "was_in_production", "yes")
-    # If this process is killed between the two moves, both aliases point at `replaces`. Then
-    # this tag of that version tells what was there before it.
     if replaces is not None:
+        # If this process is killed between the two moves, both aliases point at `replaces`. Then
+        # the tag of that version still tells what was in production before it.
         client.set_model_version_tag(name, version, "replaces", replaces)
         set_alias(name, "previous", replaces)
     set_alias(name, "production", version)
+    mlflow.set_tag("outcome", "promoted")
     set_legacy_stage(name, version)
-    return True
 
 
 def set_legacy_stage(name, version):
@@ -658,13 +664,9 @@ def rollback(experiment_id, name, to):
     with mlflow.start_run(run_name="rollback"):
         mlflow.set_tags({"registered_model": name, "version": target, "replaces": current})
         with one_promotion_at_a_time(experiment_id, name):
-            promoted = promote(name, target, replaces=current)
-        if not promoted:
-            mlflow.end_run("FAILED")
-            return refuse("another version has come into production meanwhile")
+            promote(name, target, replaces=current)
         mlflow.set_tag("outcome", "rolled back")
     print(f"Rolled {name} back from version {current} to version {target}")
-    return 0
 
 
 def previous_version(name):
@@ -692,54 +694,80 @@ def print_history(experiment_id, name):
             "who": runs["tags.mlflow.user"],
             "what": runs["tags.outcome"],
             "version": runs["tags.version"],
-            "in place of": runs["tags.replaces"],
+            "replaces": runs["tags.replaces"],
             "run": runs["run_id"],
         }
     )
     print(table.to_string(index=False))
-    return 0
 
 
 def predict_with_production(name, test, trusted_types):
-    """Return five rows of the hold-out, with their true class and that of production, as text."""
-    rows = test.X.head()
+    """Return rows of the hold-out, their class, and what the version in production predicts."""
+    print("Load the version in production and predict rows of the hold-out\n", flush=True)
     model = load_checked(f"models:/{name}@production", test.X.columns, trusted_types)
-    table = rows.iloc[:, :3].assign(actual=test.y.head(), predicted=model.predict(rows))
-    return table.to_string(index=False)
+    rows = test.X.head()
+    return rows.iloc[:, :3].assign(actual=test.y, predicted=model.predict(rows))
 
 
-# Indented lines are commands for a shell; `production` is looked up when they are run.
+def print_undo(champion, args):
+    """Print how to put back the version that has just been replaced, if there was one."""
+    if champion.version is not None:
+        options = [] if args.csv is None else ["--csv", args.csv, "--target", args.target]
+        print("Undo: ", shlex.join(["python", sys.argv[0], "--rollback", *options]))
+
+
+# Indented lines are commands for a shell. The alias `production` is looked up when they are run.
 GUIDE = """# Deploy {name} version {number} from this store
+
     export MLFLOW_TRACKING_URI={store}
+
 ## REST API
+
     mlflow models serve --model-uri models:/{name}@production --env-manager local --host 127.0.0.1 --port 5001
-When `curl http://127.0.0.1:5001/ping` answers, export in a second shell too, and send the example:
+
+When `curl http://127.0.0.1:5001/ping` answers, export the variable in a second shell too, and send
+the example of a request:
 
     mlflow artifacts download --artifact-uri models:/{name}@production/serving_input_example.json --dst-path request
     curl --fail http://127.0.0.1:5001/invocations --header 'Content-Type: application/json' --data @request/serving_input_example.json
-It listens to this machine only: for others put a proxy with TLS and a login before it. Ctrl-C stops
-it; restart it after a promotion, or see "Swap without downtime" in README.md.
+
+It listens on this machine only. For others, put a proxy with TLS and authentication in front of it.
+Ctrl-C stops it. Restart it after a promotion, or see "Swap without downtime" in README.md.
+
 ## Batch
+
     mlflow models predict --model-uri models:/{name}@production --env-manager local --content-type json --input-path request/serving_input_example.json --output-path predictions.json
+
 ## Docker (needs a Docker engine; https://docs.docker.com/reference/cli/docker)
+
     mlflow models generate-dockerfile --model-uri models:/{name}/{number} --env-manager local --output-directory image
     docker build --tag {name}:{number} image
     docker run --rm --publish 127.0.0.1:5001:8080 {name}:{number}
+
 ## Amazon SageMaker (needs boto3, Docker, an AWS role and bucket; https://mlflow.org/docs/latest/ml/deployment)
+
     mlflow sagemaker build-and-push-container
     mlflow deployments create --target sagemaker:/REGION --name {name} --model-uri models:/{name}/{number} --config execution_role_arn=ROLE --config bucket=BUCKET
+
 ## Azure ML (needs az with its ml extension; https://learn.microsoft.com/azure/machine-learning/how-to-deploy-mlflow-models-online-endpoints)
+
     mlflow artifacts download --artifact-uri models:/{name}/{number} --dst-path model
     az ml model create --name {name} --type mlflow_model --path model
     az ml online-endpoint create --name {name}
     az ml online-deployment create --name v{number} --endpoint-name {name} --model azureml:{name}@latest --instance-type Standard_DS3_v2 --instance-count 1 --all-traffic
+
 ## Google Vertex AI (needs gcloud, and the Docker image in a REGISTRY; https://cloud.google.com/sdk/gcloud/reference/ai/models/upload)
+
     gcloud ai models upload --region REGION --display-name {name} --container-image-uri REGISTRY/{name}:{number} --container-ports 8080 --container-predict-route /invocations --container-health-route /ping
     gcloud ai endpoints create --region REGION --display-name {name}
     gcloud ai endpoints deploy-model ENDPOINT --region REGION --model MODEL --display-name v{number}
+
 ## Databricks (needs databricks, and the model in Unity Catalog as main.ml.{name}; https://docs.databricks.com/dev-tools/cli/reference/serving-endpoints-commands)
+
     databricks serving-endpoints create {name} --json '{{"config": {{"served_entities": [{{"entity_name": "main.ml.{name}", "entity_version": "{number}", "workload_size": "Small", "scale_to_zero_enabled": true}}]}}}}'
+
 ## Kubernetes with KServe (needs kubectl, and the Docker image in a REGISTRY; https://kserve.github.io/website/docs/model-serving/predictive-inference/frameworks)
+
     echo '{{"apiVersion": "serving.kserve.io/v1beta1", "kind": "InferenceService", "metadata": {{"name": "{name}"}}, "spec": {{"predictor": {{"containers": [{{"name": "kserve-container", "image": "REGISTRY/{name}:{number}", "ports": [{{"containerPort": 8080}}]}}]}}}}}}' | kubectl apply -f -
 """  # noqa: E501
 
@@ -984,21 +1012,27 @@ def hide_secrets(uri):
 
 
 def run_as_program(main):
-    """Run `main` and return its exit code; print what the user can mend in one line.
+    """Run `main` and return the exit code; print what the user can mend in one line.
 
-    2: bad input, or a store that fails. 130: Ctrl-C. An unexpected error keeps its traceback.
+    0: done. 1: refused. 2: bad input, or a store that fails. 130: Ctrl-C. An unexpected error
+    keeps its traceback.
     """
     signal.signal(signal.SIGINT, interrupt_outside_mlflow)
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a terminal that cannot show a letter shows "?"
+        stream.reconfigure(errors="replace")  # "?" for a letter that the terminal cannot show
     try:
-        return main()
-    except KeyboardInterrupt:
-        message, code = "by Ctrl-C", 130
-    except (UserError, OSError, mlflow.MlflowException) as error:
+        main()
+        return 0
+    except KeyboardInterrupt as error:
+        message = str(error) or "by Ctrl-C"
+        code = 130
+    except UserError as error:
+        message = str(error)
+        code = error.exit_code
+    except (OSError, mlflow.MlflowException) as error:
         # The cause names the trouble, such as a full disk, better than MLflow's own text.
-        cause = error if isinstance(error, UserError) else error.__cause__ or error
-        message, code = str(cause), 2
+        message = str(error.__cause__ or error)
+        code = 2
     uri = mlflow.get_tracking_uri()
     message = message.replace(uri, hide_secrets(uri))
     print("Stopped:", message.partition("\n")[0], file=sys.stderr)
@@ -1006,7 +1040,10 @@ def run_as_program(main):
 
 
 def interrupt_outside_mlflow(signal_number, frame):
-    """Handle Ctrl-C, but not in the middle of one of MLflow's writes: then try again soon."""
+    """Let Ctrl-C stop the program, but never in the middle of a write of MLflow's.
+
+    Such a write is finished first, so that no run is left RUNNING and no database locked.
+    """
     while frame is not None:
         if frame.f_globals.get("__name__", "").split(".")[0] == "mlflow":
             retry = threading.Timer(0.05, signal.raise_signal, [signal_number])
