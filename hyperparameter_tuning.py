@@ -1,9 +1,9 @@
 """Tune a random forest with MLflow: a parent run for the search, a child run for each trial.
 
 27 combinations of three settings are cross-validated on the training part of scikit-learn's breast
-cancer data. MLflow is asked for the best. It is refitted, and scored once on the hold-out. You will
-see that the depth of the trees matters most, and that a forest that costs a fifth of the best one
-to train is within one standard error of it.
+cancer data. The script then asks MLflow for the best one, refits it, and scores it once on the
+hold-out. You will see that the depth of the trees matters most, and that a forest within one
+standard error of the best takes about a fifth of its time to train.
 
     python hyperparameter_tuning.py
     python hyperparameter_tuning.py --csv customers.csv --target churned --metric f1
@@ -25,6 +25,7 @@ It leaves this in the store (sqlite:///mlflow.db, or MLFLOW_TRACKING_URI where t
 #     "numpy>=1.26,<2.5",
 # ]
 # ///
+# These bring along joblib, matplotlib, scipy, skops, sqlalchemy and threadpoolctl.
 
 import logging
 import os
@@ -39,7 +40,7 @@ import warnings
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from contextlib import closing, contextmanager
 from functools import partial
-from importlib.metadata import version
+from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote, unquote
@@ -74,18 +75,19 @@ from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
 EXPERIMENT = "hyperparameter-tuning"
 SEED = 42  # of the split, the folds and the forests
-TEST_SIZE = 0.2  # share of the rows that no trial sees
+TEST_SIZE = 0.2  # share of the rows held out: no trial sees them
 FOLDS = 5
 
-# The values of each parameter, from cheap to costly.
+# The values to try for each parameter.
 PARAM_GRID = {
     "max_depth": [1, 3, 9],
     "max_features": [0.1, 0.3, 0.9],  # share of the features that each split chooses from
     "n_estimators": [20, 100, 300],
 }
 
-# What --metric offers: functions of the true and the predicted classes. The greater score is the
-# better one, everywhere: an error would stand here as its negative, as in scikit-learn's scorers.
+# The choices of --metric: functions of the true and the predicted classes. Higher must be better;
+# add an error as its negative, like scikit-learn's neg_ scorers. F1, precision and recall are macro
+# averages, in which every class counts the same.
 METRICS = {
     "accuracy": accuracy_score,
     "balanced_accuracy": balanced_accuracy_score,
@@ -94,7 +96,8 @@ METRICS = {
     "recall": partial(recall_score, average="macro", zero_division=0),
 }
 
-# Types that skops does not know, and may load all the same: they run no code.
+# Types that skops does not load unless they are named. They run no code. But a damaged file of
+# trees can crash the process that predicts with it (skops pull request 535).
 TRUSTED = [
     "numpy.dtype",
     "sklearn.tree._tree.Tree",
@@ -103,13 +106,13 @@ TRUSTED = [
 
 
 class UserError(Exception):
-    """Something that the user can mend. The program ends in one line, without a traceback."""
+    """A problem that the user can fix. It ends the program in one line, without a traceback."""
 
     exit_code = 2
 
 
 class Refused(UserError):
-    """Nothing is good enough to go on with."""
+    """Nothing is broken, but there is no result that should be used."""
 
     exit_code = 1
 
@@ -123,7 +126,7 @@ def main(argv=None):
 
     todo = trials
     if args.resume is not None:
-        open_store(EXPERIMENT)
+        open_store(EXPERIMENT)  # it knows what has been done
         todo = unfinished_trials(args.resume, trials, settings)
 
     print(f"{len(todo)} trials of {FOLDS} folds each", flush=True)
@@ -141,29 +144,32 @@ def main(argv=None):
                     log_trial(trial, train.dataset)
             except KeyboardInterrupt:
                 mlflow.end_run("KILLED")
-                raise KeyboardInterrupt(how_to_resume(search_id, argv)) from None
+                raise KeyboardInterrupt(f"to resume: {how_to_resume(search_id, argv)}") from None
 
-            ranked = rank_trials(search_id, metric)
+            ranked = find_best_trials(search_id, metric)
             if ranked.empty:
                 raise Refused(f"all {len(trials)} trials failed; their tag `error` says why")
 
-            best_params = trials[ranked["tags.mlflow.runName"].iloc[0]]
-            log_best(best_params, ranked, PARAM_GRID, metric, train)
+            best = ranked.iloc[0]
+            best_params = trials[best["tags.mlflow.runName"]]
+            log_best(best, best_params, metric, train)
+            log_grid(ranked, best_params, PARAM_GRID, metric)
             refit_best(best_params, train, test, metric, METRICS[metric], SEED, TRUSTED)
-            log_pictures(ranked, PARAM_GRID, metric)
-            mlflow.log_metric("search_seconds", time.perf_counter() - started)
+            mlflow.log_metric("session_seconds", time.perf_counter() - started)
 
     print_report(search_id, metric, PARAM_GRID, FOLDS)
     print(where_to_look(experiment_id, f"metrics.`cv_{metric}`"))
-    print(next_command("model_comparison.py", "--tuned", search_id, args=args))
+    print("Next: ", command_line("model_comparison.py", "--tuned", search_id, args=args))
 
 
 def parse_args(argv):
     """Return the options of the command line."""
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("--csv", metavar="FILE", help="learn from this table instead")
-    parser.add_argument("--target", default="diagnosis", help="its column that holds the classes")
-    parser.add_argument("--metric", choices=METRICS, default="accuracy", help="what decides")
+    parser.add_argument("--csv", metavar="FILE", help="use this table, not the breast cancer data")
+    parser.add_argument("--target", default="diagnosis", help="the column to predict")
+    parser.add_argument(
+        "--metric", choices=METRICS, default="accuracy", help="what decides which trial is best"
+    )
     parser.add_argument("--resume", metavar="RUN_ID", help="continue a search that was cut short")
     return parser.parse_args(argv)
 
@@ -173,36 +179,41 @@ def make_trials(grid):
 
     Raises UserError if the forest does not know one of the parameters.
     """
-    try:
-        RandomForestClassifier().set_params(**dict.fromkeys(grid))
-    except ValueError as error:
-        raise UserError(f"PARAM_GRID: {error}") from error
-    # NumPy's numbers become Python's, which can be logged and read back.
-    lists = {name: np.asarray(values, dtype=object).tolist() for name, values in grid.items()}
+    unknown = set(grid) - set(RandomForestClassifier().get_params())
+    if unknown:
+        raise UserError(f"PARAM_GRID: a random forest has no {', '.join(sorted(unknown))}")
+    # NumPy's numbers become Python's, whose text can be read back.
+    lists = {name: [to_python(value) for value in values] for name, values in grid.items()}
     combinations = ParameterGrid(lists)
     return {f"trial-{number:04}": params for number, params in enumerate(combinations, start=1)}
 
 
+def to_python(value):
+    """Return a number of NumPy's as one of Python's, and anything else as it is."""
+    return value.item() if isinstance(value, np.generic) else value
+
+
 def describe_search(grid, metric, n_folds, seed, train):
-    """Return what a search must have in common with one that it continues."""
+    """Return the settings that a search and its continuation must share."""
     return {
         "grid": str(grid),
         "metric": metric,
         "folds": f"{n_folds}, seed {seed}",
-        "rows": train.dataset.digest,
+        "training_digest": train.dataset.digest,
     }
 
 
 def unfinished_trials(search_id, trials, settings):
-    """Return those of the trials that a search which was cut short has not finished.
+    """Return the trials that an interrupted search still has to run.
 
-    A trial that was being logged is deleted, to be run again. Raises UserError if the run is not
-    an unfinished search with these settings.
+    These are the trials that were never logged, and those that failed. A trial whose logging was
+    cut short is deleted, and runs again. Raises UserError if the run is not an unfinished search
+    with these settings.
     """
     search = mlflow.get_run(search_id)
     same = settings.items() <= search.data.params.items()
     if search.info.status == "FINISHED" or not same:
-        raise UserError(f"{search_id} is not an unfinished search of this grid, metric and rows")
+        raise UserError(f"cannot resume {search_id}: it is finished, or has other settings or rows")
 
     children = mlflow.search_runs(
         [search.info.experiment_id],
@@ -234,7 +245,7 @@ def start_trials(trials, train, metric, score, n_folds, seed):
     At the end of the `with` block, what still runs is stopped.
     """
     options = {"metric": metric, "score": score, "n_folds": n_folds, "seed": seed}
-    # The costly ones stand last in the grid. They start first, so that no core idles at the end.
+    # Many deep trees stand at the end of the grid. They start first, so that no core idles later.
     tasks = [
         delayed(try_trial)(name, trials[name], train.X, train.y, **options)
         for name in reversed(trials)
@@ -269,7 +280,8 @@ def run_trial(params, X, y, metric, score, n_folds, seed):
     folds = StratifiedKFold(n_folds, shuffle=True, random_state=seed)
     model = make_forest(params, X, seed)
     scorer = make_scorer(score)
-    with parallel_config("sequential"):  # trials run side by side, so nothing within them does
+    # One core per trial, even if the caller has selected another joblib backend, such as Dask.
+    with parallel_config("sequential"):
         results = cross_validate(model, X, y, cv=folds, scoring=scorer, error_score="raise")
     return {
         # Rounded, so that equal means are equal: the last bits depend on the order of the sum.
@@ -299,6 +311,11 @@ def show_progress(results, metric, total):
         print(f"{line}  {format_params(trial.params)}", flush=True)
 
 
+def format_params(params):
+    """Return parameters as they would stand in a call."""
+    return ", ".join(f"{name}={value!r}" for name, value in params.items())
+
+
 def log_trial(trial, dataset):
     """Log a trial as a child of the active run: FAILED, with the error as a tag, if it raised."""
     with mlflow.start_run(run_name=trial.name, nested=True):
@@ -309,10 +326,16 @@ def log_trial(trial, dataset):
             mlflow.end_run("FAILED")
 
 
-def rank_trials(search_id, metric):
-    """Ask MLflow for the finished trials of a search: a DataFrame, the best first.
+def how_to_resume(search_id, argv):
+    """Return the command that continues a search."""
+    arguments = sys.argv[1:] if argv is None else argv
+    return shlex.join(["python", sys.argv[0], *arguments, "--resume", search_id])
 
-    Equal scores are in the order of the grid, so that the cheaper one wins.
+
+def find_best_trials(search_id, metric):
+    """Ask MLflow for the finished trials of a search. Return a DataFrame, the best trial first.
+
+    Of equal scores, the first in the grid wins, whichever has finished first.
     """
     return mlflow.search_runs(
         [mlflow.get_run(search_id).info.experiment_id],
@@ -321,57 +344,23 @@ def rank_trials(search_id, metric):
     )
 
 
-def cheapest_within_one_standard_error(ranked, metric, n_folds):
-    """Return the trial that is cheapest to fit of those that score practically like the best.
-
-    That is, at most one standard error below it: the rule of Breiman et al., Classification and
-    Regression Trees (1984), section 3.4.3. `ranked` has the best trial first.
-    """
-    scores = ranked[f"metrics.cv_{metric}"]
-    # NumPy's standard deviation divides by n, so the standard error of the mean divides by n - 1.
-    standard_error = ranked[f"metrics.cv_{metric}_std"].iloc[0] / (n_folds - 1) ** 0.5
-    close = ranked[scores >= scores.iloc[0] - standard_error]
-    return close.loc[close["metrics.fit_seconds"].idxmin()]
-
-
-def log_best(params, ranked, grid, metric, train):
-    """Log to the active run which parameters are best, and what the grid says about each."""
+def log_best(best, params, metric, train):
+    """Log the best trial to the active run: its parameters and its score."""
     mlflow.log_params({f"best_{name}": repr(value) for name, value in params.items()})
-    best_score = ranked[f"metrics.cv_{metric}"].iloc[0]
-    mlflow.log_metric(f"best_cv_{metric}", best_score, dataset=train.dataset)
-    for name, advice in values_at_the_edge(params, grid).items():
-        mlflow.set_tag(f"edge_{name}", advice)
-    for name, scores in mean_scores(ranked, grid, metric).items():
+    score = best[f"metrics.cv_{metric}"]
+    mlflow.log_metric(f"best_cv_{metric}", score, dataset=train.dataset)
+
+
+def log_grid(ranked, best_params, grid, metric):
+    """Log to the active run what the whole grid says: tables, pictures, and where to widen it."""
+    means = mean_scores(ranked, grid, metric)
+    for name, scores in means.items():
         mlflow.log_metric(f"spread_{name}", scores.max() - scores.min())
-
-
-def refit_best(params, train, test, metric, score, seed, trusted_types):
-    """Fit the best forest on all training rows, log it, and score it once on the hold-out.
-
-    Beside it stands what the most frequent class would score as an answer.
-    """
-    model = make_forest(params, train.X, seed).fit(train.X, train.y)
-    model_id = log_model(model, train.X, trusted_types)
-    test_score = score(test.y, model.predict(test.X))
-    mlflow.log_metric(f"test_{metric}", test_score, model_id=model_id, dataset=test.dataset)
-    baseline = DummyClassifier().fit(train.X, train.y)
-    baseline_score = score(test.y, baseline.predict(test.X))
-    mlflow.log_metric(f"baseline_test_{metric}", baseline_score, dataset=test.dataset)
-
-
-def log_pictures(ranked, grid, metric):
-    """Log the scores over the grid to the active run, as a table and as a picture."""
+    for name, advice in values_at_the_edge(best_params, grid).items():
+        mlflow.set_tag(f"edge_{name}", advice)
     table = scores_over_grid(ranked, grid, metric)
     mlflow.log_text(table.style.background_gradient("Blues", axis=None).to_html(), "grid.html")
-    mlflow.log_figure(draw_search(table, mean_scores(ranked, grid, metric), metric), "search.png")
-
-
-def scores_over_grid(ranked, grid, metric):
-    """Return the scores as a table: the last parameter of the grid across, the others down."""
-    columns = {f"params.{name}": name for name in grid}
-    in_grid_order = ranked.sort_values("tags.mlflow.runName").rename(columns=columns)
-    *down, across = grid
-    return in_grid_order.pivot_table(f"metrics.cv_{metric}", down, across, sort=False)
+    mlflow.log_figure(draw_search(table, means, metric), "search.png")
 
 
 def mean_scores(ranked, grid, metric):
@@ -381,6 +370,31 @@ def mean_scores(ranked, grid, metric):
         by_value = ranked.groupby(f"params.{name}")[f"metrics.cv_{metric}"].mean()
         means[name] = by_value.reindex([str(value) for value in values])
     return means
+
+
+def values_at_the_edge(params, grid):
+    """Return advice for each parameter whose value lies at the edge of the grid.
+
+    A better value may lie beyond it. The advice is a sentence, by the name of the parameter.
+    """
+    edges = {}
+    for name, values in grid.items():
+        kinds = {type(to_python(value)) for value in values}
+        if len(values) < 2 or not kinds <= {int, float}:
+            continue
+        if params[name] == max(values):
+            edges[name] = f"{params[name]} is the largest value tried; try larger ones"
+        if params[name] == min(values):
+            edges[name] = f"{params[name]} is the smallest value tried; try smaller ones"
+    return edges
+
+
+def scores_over_grid(ranked, grid, metric):
+    """Return the scores as a table: the last parameter of the grid across, the others down."""
+    columns = {f"params.{name}": name for name in grid}
+    in_grid_order = ranked.sort_values("tags.mlflow.runName").rename(columns=columns)
+    *down, across = grid
+    return in_grid_order.pivot_table(f"metrics.cv_{metric}", down, across, sort=False)
 
 
 def draw_search(table, means, metric):
@@ -404,36 +418,29 @@ def draw_search(table, means, metric):
                 value, (score, name), (0, above_or_below), textcoords="offset points", ha="center"
             )
     means_axes.set(xlabel=f"Mean {metric} of the trials with this value")
-    means_axes.set_title("The wider the line, the more the parameter matters")
+    means_axes.set_title("The longer the line, the more the parameter matters")
     means_axes.margins(y=0.3)
     return figure
 
 
-def values_at_the_edge(params, grid):
-    """Return those of the parameters whose value is the smallest or the largest one tried.
+def refit_best(params, train, test, metric, score, seed, trusted_types):
+    """Fit the best forest on all training rows, log it, and score it once on the hold-out.
 
-    The best may lie beyond it. A dict of sentences that say which way to widen the grid.
+    For comparison, also log the score of always predicting the most frequent class.
     """
-    edges = {}
-    for name, values in grid.items():
-        if len(values) < 2 or not all(isinstance(value, (int, float)) for value in values):
-            continue
-        if params[name] == max(values):
-            edges[name] = f"{params[name]} is the largest value tried; try larger ones"
-        if params[name] == min(values):
-            edges[name] = f"{params[name]} is the smallest value tried; try smaller ones"
-    return edges
-
-
-def format_params(params):
-    """Return parameters as they would stand in a call."""
-    return ", ".join(f"{name}={value!r}" for name, value in params.items())
+    model = make_forest(params, train.X, seed).fit(train.X, train.y)
+    model_id = log_model(model, train.X, trusted_types)
+    test_score = score(test.y, model.predict(test.X))
+    mlflow.log_metric(f"test_{metric}", test_score, model_id=model_id, dataset=test.dataset)
+    baseline = DummyClassifier().fit(train.X, train.y)
+    baseline_score = score(test.y, baseline.predict(test.X))
+    mlflow.log_metric(f"baseline_test_{metric}", baseline_score, dataset=test.dataset)
 
 
 def print_report(search_id, metric, grid, n_folds):
     """Print what a search found, as MLflow has it."""
     data = mlflow.get_run(search_id).data
-    ranked = rank_trials(search_id, metric)
+    ranked = find_best_trials(search_id, metric)
     print(f"\nThe five best of {len(ranked)} trials, by their mean {metric} over {n_folds} folds:")
     print(format_trials(ranked.head(), grid, metric).to_string(index=False))
 
@@ -447,20 +454,33 @@ def print_report(search_id, metric, grid, n_folds):
     cheapest = cheapest_within_one_standard_error(ranked, metric, n_folds)
     share = cheapest["metrics.fit_seconds"] / ranked["metrics.fit_seconds"].iloc[0]
     trial = cheapest["tags.mlflow.runName"]
-    print(f"Cheapest         {trial}: within one standard error, {share:.0%} of the time to fit")
+    cheapest_note = f"within one standard error of the best, at {share:.0%} of its fit time"
+    print(f"Cheapest         {trial}: {cheapest_note}")
 
     spreads = {name: data.metrics[f"spread_{name}"] for name in grid}
     by_spread = sorted(spreads, key=spreads.get, reverse=True)
-    what_matters = ", ".join(f"{name} {spreads[name]:.4f}" for name in by_spread)
-    print(f"What matters     {what_matters}: spread of the mean {metric} over its values")
+    influence = ", ".join(f"{name} {spreads[name]:.4f}" for name in by_spread)
+    print(f"Influence        {influence} (range of the mean {metric} over its values)")
     for name in grid:
         if f"edge_{name}" in data.tags:
             print(f"At the edge      {name}: {data.tags[f'edge_{name}']}")
 
     fitting = n_folds * ranked["metrics.fit_seconds"].sum()
-    print(
-        f"Cost             {fitting:.0f} s of fitting in {data.metrics['search_seconds']:.0f} s\n"
-    )
+    session = data.metrics["session_seconds"]
+    print(f"Cost             {fitting:.0f} s of fitting; this session took {session:.0f} s\n")
+
+
+def cheapest_within_one_standard_error(ranked, metric, n_folds):
+    """Return the trial that is fastest to fit of those within one standard error of the best.
+
+    After the one-standard-error rule of Breiman et al., Classification and Regression Trees (1984),
+    section 3.4.3, which takes the simplest of them. `ranked` has the best trial first.
+    """
+    scores = ranked[f"metrics.cv_{metric}"]
+    # std() divided by n; the root of n - 1 here turns that into the usual std(ddof=1) / sqrt(n).
+    standard_error = ranked[f"metrics.cv_{metric}_std"].iloc[0] / (n_folds - 1) ** 0.5
+    close = ranked[scores >= scores.iloc[0] - standard_error]
+    return close.loc[close["metrics.fit_seconds"].idxmin()]
 
 
 def format_trials(ranked, grid, metric):
@@ -475,15 +495,8 @@ def format_trials(ranked, grid, metric):
     return table
 
 
-def how_to_resume(search_id, argv):
-    """Return how to continue a search that was cut short."""
-    arguments = sys.argv[1:] if argv is None else argv
-    command = shlex.join(["python", sys.argv[0], *arguments, "--resume", search_id])
-    return f"by Ctrl-C. The finished trials are kept; to go on: {command}"
-
-
-# The rest is the same in all three scripts, so you need to read it only once:
-# rows, model, store, and how a program ends.
+# The rest is the same in all three scripts, so you need to read it only once: rows, model, store,
+# and the end of the program.
 
 
 class Rows(NamedTuple):
@@ -501,12 +514,13 @@ def load_data(csv=None, target="diagnosis", test_size=0.2, seed=42):
     class are left out. Numbers and true/false become floats, which can hold gaps; text stays.
     Returns two Rows. Raises UserError if the table cannot be read, or the target not be learned.
     """
-    name, table = read_table(csv)
+    name = table_name(csv)
+    table = read_table(csv)
     if target not in table or len(table.columns) < 2:
         columns = ", ".join(repr(column) for column in table)
         raise UserError(f"{name} needs {target!r} and more columns, but has {columns}")
 
-    # As text, a class is the same in the table, in a request and in an answer.
+    # A class is text, also in answers. Where the column has gaps, class 1 must not become "1.0".
     labels = table[target].dropna().convert_dtypes().astype(str)
     features = table.drop(columns=target).loc[labels.index]
     features = features.apply(lambda column: column.astype("float64", errors="ignore"))
@@ -521,17 +535,23 @@ def load_data(csv=None, target="diagnosis", test_size=0.2, seed=42):
     return make_rows(X_train, y_train, f"{name}-train"), make_rows(X_test, y_test, f"{name}-test")
 
 
+def table_name(csv):
+    """Return a short name for a CSV file, or for the breast cancer data if it is None."""
+    if csv is None:
+        return "breast-cancer"
+    words = re.findall("[a-z0-9]+", Path(csv).stem.lower())
+    return "-".join(words) or "table"
+
+
 def read_table(csv):
-    """Return the name and the DataFrame of a CSV file, or of the breast cancer data if None."""
+    """Return a CSV file, or the breast cancer data if it is None, as a DataFrame."""
     if csv is None:
         data = load_breast_cancer(as_frame=True)
-        return "breast-cancer", data.data.assign(diagnosis=data.target_names[data.target])
+        return data.data.assign(diagnosis=data.target_names[data.target])
     try:
-        table = pd.read_csv(csv, low_memory=False)
+        return pd.read_csv(csv, low_memory=False)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {csv}: {error}") from error
-    words = re.findall("[a-z0-9]+", Path(csv).stem.lower())
-    return "-".join(words) or "table", table
 
 
 def check_labels(labels, fewest=7):
@@ -548,15 +568,18 @@ def check_labels(labels, fewest=7):
 
 
 def check_features(features):
-    """Raise UserError if a number is infinite; point out columns of nearly all different text."""
+    """Raise UserError if a number is infinite. Point out text that differs in nearly all rows."""
     numbers = features.select_dtypes("number")
     infinite = numbers.columns[np.isinf(numbers).any()]
     if len(infinite):
-        raise UserError(f"column {infinite[0]!r} has infinite numbers: leave them empty")
+        raise UserError(f"column {infinite[0]!r} has infinite numbers: replace them by empty cells")
     for column in features.select_dtypes(exclude="number"):
+        filled = features[column].count()
         different = features[column].nunique()
-        if different > 0.9 * features[column].count() > 20:
-            print(f"Note: column {column!r} has {different} different texts, which teach little.")
+        if filled > 20 and different > 0.9 * filled:
+            print(
+                f"Note: {column!r} has {different} different values; a model learns little from it"
+            )
 
 
 def make_rows(X, y, name):
@@ -568,9 +591,9 @@ def make_rows(X, y, name):
 def add_preprocessing(model, X):
     """Return a pipeline of the model that takes raw rows with the columns of X.
 
-    In a number, a gap becomes the mean of its column; then all numbers are scaled. In text, a gap
-    becomes a value of its own. Each of the 20 most frequent values of a column of text becomes a
-    column of zeros and ones; a value that was never seen in training is ignored.
+    A missing number becomes the mean of its column; then all numbers are scaled. A missing text is
+    a value of its own. Text is one-hot encoded, in 20 columns at most: where there are more
+    values, the rarest share one. A value that was not seen in training becomes all zeros.
     """
     numbers = make_pipeline(SimpleImputer(keep_empty_features=True), StandardScaler())
     gap_value = {"strategy": "constant", "keep_empty_features": True}
@@ -605,7 +628,7 @@ def log_rows(**rows):
 def log_model(model, X, trusted_types):
     """Log a fitted model to the active run, ready to be served, and return its model ID.
 
-    X are rows that it was trained on: the first five become its example of a request.
+    X are rows that it was trained on: the first five become its input example.
     """
     packages = ["mlflow", "scikit-learn", "skops", "pandas", "numpy", "scipy"]
     logged = mlflow.sklearn.log_model(
@@ -617,7 +640,7 @@ def log_model(model, X, trusted_types):
         skops_trusted_types=trusted_types,
         signature=mlflow.models.infer_signature(X, model.predict(X)),
         input_example=X.head(),
-        pip_requirements=[f"{package}=={version(package)}" for package in packages],
+        pip_requirements=[f"{package}=={metadata.version(package)}" for package in packages],
     )
     return logged.model_id
 
@@ -636,11 +659,13 @@ def open_store(experiment):
     quieten_mlflow()
 
     uri = mlflow.get_tracking_uri()
+    # Once it is open, wait about a minute for a server that restarts.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "5")
     try:
         with impatient_requests(), one_process_at_a_time(uri):
             return mlflow.set_experiment(experiment).experiment_id
     except Exception as error:
-        message = f"start, unlock or free the store {uri}: {error}"
+        message = f"cannot open the store {uri} (is it down, locked or full?): {error}"
         raise UserError(message) from error
 
 
@@ -658,8 +683,7 @@ def quieten_mlflow():
 
 @contextmanager
 def impatient_requests():
-    """Let a server that does not answer fail after seconds; later on, wait a minute for it."""
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "5")
+    """Let requests fail after seconds if the server does not answer, instead of minutes."""
     settings = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
     before = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)
@@ -685,7 +709,7 @@ def one_process_at_a_time(uri):
 
 
 def where_to_look(experiment_id, order_by="attributes.start_time"):
-    """Return the lines that say how to open the runs of an experiment, the greatest first."""
+    """Return how to see the runs of an experiment in the MLflow UI, the highest first."""
     uri = mlflow.get_tracking_uri()
     page = f"#/experiments/{experiment_id}/runs?workflowType=machine_learning"
     page += f"&orderByKey={quote(order_by)}&orderByAsc=false"
@@ -695,14 +719,14 @@ def where_to_look(experiment_id, order_by="attributes.start_time"):
     return f"Look:  {command}\n       then open http://127.0.0.1:5000/{page}"
 
 
-def next_command(script, *options, args):
-    """Return the line that says how to go on with another script, on the same data and metric."""
+def command_line(script, *options, args):
+    """Return the command that starts a script of this folder on the same data and metric."""
+    command = ["python", str(Path(sys.argv[0]).with_name(script)), *options]
     if args.csv is not None:
-        options += ("--csv", args.csv, "--target", args.target)
+        command += ["--csv", args.csv, "--target", args.target]
     if args.metric != "accuracy":
-        options += ("--metric", args.metric)
-    path = Path(sys.argv[0]).with_name(script)
-    return "Next:  " + shlex.join(["python", str(path), *options])
+        command += ["--metric", args.metric]
+    return shlex.join(command)
 
 
 def hide_secrets(uri):
@@ -716,12 +740,12 @@ def hide_secrets(uri):
 
 
 def run_as_program(main):
-    """Run `main` and return the exit code; print what the user can mend in one line.
+    """Run `main` and return an exit code; errors that the user can fix become one line on stderr.
 
     0: done. 1: refused. 2: bad input, or a store that fails. 130: Ctrl-C. An unexpected error
     keeps its traceback.
     """
-    signal.signal(signal.SIGINT, interrupt_outside_mlflow)
+    signal.signal(signal.SIGINT, interrupt_after_mlflow_call)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # "?" for a letter that the terminal cannot show
     try:
@@ -743,10 +767,10 @@ def run_as_program(main):
     return code
 
 
-def interrupt_outside_mlflow(signal_number, frame):
-    """Let Ctrl-C stop the program, but never in the middle of a write of MLflow's.
+def interrupt_after_mlflow_call(signal_number, frame):
+    """Let Ctrl-C stop the program, but only after a call of MLflow that is under way.
 
-    Such a write is finished first, so that no run is left RUNNING and no database locked.
+    Otherwise, a write that is cut short leaves a run RUNNING, or the database locked.
     """
     while frame is not None:
         if frame.f_globals.get("__name__", "").split(".")[0] == "mlflow":

@@ -1,10 +1,10 @@
 """Compare four classifiers with MLflow: which is best, how sure is that, and what do they cost?
 
-Each is scored on the same 150 folds of the training part of scikit-learn's breast cancer data.
-MLflow is asked for the best. For the others you see how probable it is that they are worse, or
-practically the same; of those that are hardly worse, the one that answers fastest is recommended.
-You will see that a scaled logistic regression leads, that an SVM is practically the same, and
-that both answer twice as fast as a forest, which is probably worse.
+Each is scored on the same 150 folds of the training part of scikit-learn's breast cancer data. The
+script then asks MLflow for the best one, and computes how probable it is that each of the others is
+worse, or practically the same. Of those that are practically as good as the best, it recommends
+one that answers fast. You will see that a scaled logistic regression leads, that an SVM is
+practically the same, and that both answer more than twice as fast as a forest.
 
     python model_comparison.py
     python model_comparison.py --csv customers.csv --target churned --metric f1
@@ -14,10 +14,10 @@ It leaves this in the store (sqlite:///mlflow.db, or MLFLOW_TRACKING_URI where t
 
     experiment model-comparison
     └── comparison               best_model, recommended_model, comparison.csv and .png, folds.csv
-        ├── logistic_regression  parameters; cv_accuracy and others, over the folds; accuracy and
-        ├── svm                  others, on the hold-out; p_worse, p_equivalent, p_better;
-        ├── gradient_boosting    fit_seconds, latency_ms_p50 and others; the model `model`
-        └── random_forest
+        ├── logistic_regression  ┐
+        ├── svm                  │ parameters; metrics cv_… (folds), test_… (hold-out) and p_…;
+        ├── gradient_boosting    │ fit_seconds, latency_ms_p50 and other costs; the model `model`
+        └── random_forest        ┘
 """
 
 # /// script
@@ -29,6 +29,7 @@ It leaves this in the store (sqlite:///mlflow.db, or MLFLOW_TRACKING_URI where t
 #     "numpy>=1.26,<2.5",
 # ]
 # ///
+# These bring along joblib, matplotlib, scipy, skops, sqlalchemy and threadpoolctl.
 
 import ast
 import logging
@@ -45,7 +46,7 @@ import warnings
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from contextlib import closing, contextmanager
 from functools import partial
-from importlib.metadata import version
+from importlib import metadata
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -81,16 +82,22 @@ from sklearn.svm import SVC, LinearSVC
 from threadpoolctl import threadpool_limits
 
 EXPERIMENT = "model-comparison"
-SEED = 42  # of the split, the folds and the models
-TEST_SIZE = 0.2  # share of the rows that decides nothing
+SEED = 42  # of the split, the folds, the models and the rows that are timed
+TEST_SIZE = 0.2  # share of the rows held out: they choose no model
 FOLDS = 5
-REPEATS = 30  # of the folds, each time shuffled anew; fewer from 500 rows on
-ROPE = 0.01  # region of practical equivalence: a difference up to this does not matter
-RISK = 0.2  # how probable it may be that the recommended model is worse by more than ROPE
-NOISE = 1.1  # a latency of up to so many times the lowest counts as equal to it
+REPEATS = 30  # of the folds, each time shuffled anew; fewer if there are more than 500 rows
 
-# What --metric offers: functions of the true and the predicted classes. The greater score is the
-# better one, everywhere: an error would stand here as its negative, as in scikit-learn's scorers.
+# Region of practical equivalence: a difference of up to this does not matter.
+ROPE = 0.01
+# Highest accepted probability that the recommended model is worse than the best by more than ROPE,
+# and that it does not beat the baseline.
+RISK = 0.2
+# Latencies up to this many times the lowest count as equal.
+NOISE = 1.1
+
+# The choices of --metric: functions of the true and the predicted classes. Higher must be better;
+# add an error as its negative, like scikit-learn's neg_ scorers. F1, precision and recall are macro
+# averages, in which every class counts the same.
 METRICS = {
     "accuracy": accuracy_score,
     "balanced_accuracy": balanced_accuracy_score,
@@ -99,7 +106,8 @@ METRICS = {
     "recall": partial(recall_score, average="macro", zero_division=0),
 }
 
-# Types that skops does not know, and may load all the same: they run no code.
+# Types that skops does not load unless they are named. They run no code. But a damaged file of
+# trees can crash the process that predicts with it (skops pull request 535).
 TRUSTED = [
     "numpy.dtype",
     "sklearn.tree._tree.Tree",
@@ -108,13 +116,13 @@ TRUSTED = [
 
 
 class UserError(Exception):
-    """Something that the user can mend. The program ends in one line, without a traceback."""
+    """A problem that the user can fix. It ends the program in one line, without a traceback."""
 
     exit_code = 2
 
 
 class Refused(UserError):
-    """Nothing is good enough to go on with."""
+    """Nothing is broken, but there is no result that should be used."""
 
     exit_code = 1
 
@@ -125,7 +133,7 @@ def main(argv=None):
     train, test = load_data(args.csv, args.target, TEST_SIZE, SEED)
     candidates = make_candidates(len(train.X), SEED)
     if args.tuned is not None:
-        open_store(EXPERIMENT)
+        open_store(EXPERIMENT)  # it knows the search
         candidates["tuned_forest"] = load_tuned_forest(args.tuned, train, SEED)
 
     folds = make_folds(train, FOLDS, REPEATS, SEED)
@@ -144,7 +152,7 @@ def main(argv=None):
                 if log_candidate(result, params, train, test, METRICS, TRUSTED):
                     scores[result.name] = result.scores[metric]
 
-            models = rank_models(experiment_id, comparison_id, metric, train)
+            models = find_best_models(experiment_id, comparison_id, metric, train)
             if not models:
                 raise Refused("every candidate failed; the tag `error` of its run says why")
 
@@ -152,26 +160,28 @@ def main(argv=None):
             # The workers are quiet by now, so these are the times of the models alone.
             log_serving_costs(models, train, SEED)
 
-            ranked = rank_candidates(experiment_id, comparison_id, metric)
-            recommended = recommend(ranked, RISK, NOISE)
-            log_choice(ranked, recommended, scores, metric, train)
-            log_report(ranked, scores, models[0], test, metric, ROPE, FOLDS)
+            table = load_results(experiment_id, comparison_id, metric)
+            recommended = recommend(table, RISK, NOISE)
+            log_choice(table, recommended, scores, metric, train)
+            log_report(table, scores, models[0], test, metric, ROPE, FOLDS)
 
-    print_report(comparison_id, ranked, metric, ROPE)
+    print_report(comparison_id, table, metric, ROPE)
     print(how_to_load_the_best(experiment_id, comparison_id, metric, train))
     print(where_to_look(experiment_id, f"metrics.`cv_{metric}`"))
     if recommended is None:
-        raise Refused("no candidate is shown to be better than the baseline: deploy none")
+        raise Refused("no candidate is shown to beat the baseline, so none should be deployed")
     model_uri = f"runs:/{recommended['run_id']}/model"
-    print(next_command("production_deployment.py", "--model-uri", model_uri, args=args))
+    print("Next: ", command_line("production_deployment.py", "--model-uri", model_uri, args=args))
 
 
 def parse_args(argv):
     """Return the options of the command line."""
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("--csv", metavar="FILE", help="learn from this table instead")
-    parser.add_argument("--target", default="diagnosis", help="its column that holds the classes")
-    parser.add_argument("--metric", choices=METRICS, default="accuracy", help="what decides")
+    parser.add_argument("--csv", metavar="FILE", help="use this table, not the breast cancer data")
+    parser.add_argument("--target", default="diagnosis", help="the column to predict")
+    parser.add_argument(
+        "--metric", choices=METRICS, default="accuracy", help="what decides which model is best"
+    )
     parser.add_argument("--tuned", metavar="RUN_ID", help="compare the best of this search as well")
     return parser.parse_args(argv)
 
@@ -201,7 +211,7 @@ def load_tuned_forest(search_id, train, seed):
     Raises UserError unless the search is finished, and was made on the same training rows.
     """
     search = mlflow.get_run(search_id)
-    same_rows = search.data.params.get("rows") == train.dataset.digest
+    same_rows = search.data.params.get("training_digest") == train.dataset.digest
     if search.info.status != "FINISHED" or not same_rows:
         raise UserError(f"{search_id} is not a finished search on these rows")
     params = {
@@ -215,7 +225,7 @@ def load_tuned_forest(search_id, train, seed):
 def make_folds(train, n_folds, most_repeats, seed):
     """Return the rows of each fold, as pairs of positions: to train on, and to score on.
 
-    Many rows tell as much in fewer repeats: from 500 rows on there are fewer, but at least two.
+    There are at most `most_repeats` repeats, and at least two. Many rows tell as much in fewer.
     """
     repeats = max(2, min(most_repeats, 15_000 // len(train.X)))
     splitter = RepeatedStratifiedKFold(n_splits=n_folds, n_repeats=repeats, random_state=seed)
@@ -228,12 +238,12 @@ class Result(NamedTuple):
     name: str
     model: object  # fitted on all training rows
     scores: pd.DataFrame  # a row for each fold; the metrics and fit_seconds as columns
-    error: Exception | None  # the first, if the candidate failed; then the others are empty
+    error: Exception | None  # if one was raised; then model and scores are empty
 
 
 @contextmanager
 def start_scoring(candidates, folds, train, metrics):
-    """Score the candidates on all cores; yield an iterator over each Result as soon as it is done.
+    """Score the candidates on all cores; yield an iterator over their Results, in the same order.
 
     All folds of all candidates stand in one queue, so that no core idles between two candidates.
     At the end of the `with` block, what still runs is stopped.
@@ -300,7 +310,7 @@ def show_progress(results, total):
     for done, result in enumerate(results, start=1):
         yield result
         seconds_left = (time.perf_counter() - started) * (total - done) / done
-        outcome = "failed" if result.error else "done"
+        outcome = "failed" if result.error else "scored"
         print(f"{done:3}/{total} {seconds_left:4.0f} s left  {result.name} {outcome}", flush=True)
 
 
@@ -313,23 +323,32 @@ def log_candidate(result, params, train, test, metrics, trusted_types):
     with mlflow.start_run(run_name=result.name, nested=True):
         mlflow.log_params(params)
         log_rows(training=train, testing=test)
-        try:
-            if result.error:
-                raise result.error
-            model_id = log_model(result.model, train.X, trusted_types)
-            cv_scores = summarize_folds(result.scores)
-            mlflow.log_metrics(cv_scores, model_id=model_id, dataset=train.dataset)
-            served = mlflow.pyfunc.load_model(f"models:/{model_id}")
-            test_scores = score_answers(test.y, served.predict(test.X), metrics)
-            mlflow.log_metrics(test_scores, model_id=model_id, dataset=test.dataset)
-        except Exception as error:
+        error = result.error
+        if error is None:
+            try:
+                model_id = log_model(result.model, train.X, trusted_types)
+                test_scores = score_logged_model(model_id, test, metrics)
+            except Exception as caught:
+                error = caught
+        if error is not None:
             mlflow.set_tag("error", f"{type(error).__name__}: {error}")
             mlflow.end_run("FAILED")
             return False
-        # Models are found by these tags. One that has failed does not get them.
+
+        cv_scores = summarize_folds(result.scores)
+        mlflow.log_metrics(cv_scores, model_id=model_id, dataset=train.dataset)
+        mlflow.log_metrics(test_scores, model_id=model_id, dataset=test.dataset)
+        # The model will be found by these tags.
         tags = {"candidate": result.name, "comparison": comparison_id}
         mlflow.set_logged_model_tags(model_id, tags)
         return True
+
+
+def score_logged_model(model_id, test, metrics):
+    """Return the scores of a logged model on the hold-out, as test_METRIC."""
+    predicted = mlflow.pyfunc.load_model(f"models:/{model_id}").predict(test.X)
+    scores = score_answers(test.y, predicted, metrics)
+    return {f"test_{name}": score for name, score in scores.items()}
 
 
 def summarize_folds(scores):
@@ -342,8 +361,11 @@ def summarize_folds(scores):
     return summary
 
 
-def rank_models(experiment_id, comparison_id, metric, train):
-    """Ask MLflow for the models of a comparison: a list of LoggedModel, the best first."""
+def find_best_models(experiment_id, comparison_id, metric, train):
+    """Ask MLflow for the models of a comparison. Return a list of LoggedModel, the best first.
+
+    Of equal scores, the first candidate in the list wins. Candidates that failed are left out.
+    """
     best_first = {
         "field_name": f"metrics.cv_{metric}",
         "ascending": False,
@@ -392,26 +414,28 @@ def probabilities(differences, rope, n_folds):
 def posterior_of_mean(differences, n_folds):
     """Return what is known of the mean difference: a Student distribution (SciPy).
 
-    Folds share training rows, so they are correlated, and the variance of their mean is greater
-    than 1/n of theirs: by test rows / training rows (Nadeau and Bengio, Machine Learning 52, 2003).
+    Folds share training rows, so their scores are correlated. The variance of the mean is therefore
+    not variance / n, but variance * (1 / n + test rows / training rows) (Nadeau and Bengio, Machine
+    Learning 52, 2003).
     """
     n = len(differences)
     variance = differences.var(ddof=1) * (1 / n + 1 / (n_folds - 1))
-    # Where all differences are equal, the distribution is a needle instead of nothing.
+    # If all differences are equal, the scale would be zero, for which SciPy returns NaN.
     return stats.t(df=n - 1, loc=differences.mean(), scale=max(variance**0.5, 1e-12))
 
 
 def say_verdict(p, risk):
-    """Return probabilities, against the best and the baseline, in words. 0.8 is `1 - risk`."""
+    """Put the probabilities of a model, against the best and against the baseline, into words."""
     if p["p_above_baseline"] < 1 - risk:
-        return "no better than the baseline"
+        return "not shown to beat the baseline"
+    # From 95 % on, nobody says "probably".
     if p["p_worse"] >= 0.95:
         return f"worse, {p['p_worse']:.0%}"
     if p["p_worse"] >= 1 - risk:
         return f"probably worse, {p['p_worse']:.0%}"
     if p["p_worse"] <= risk:
         return f"practically the same, {p['p_equivalent']:.0%}"
-    return f"undecided, {p['p_worse']:.0%} worse"
+    return f"undecided, P(worse) = {p['p_worse']:.0%}"
 
 
 def log_serving_costs(models, train, seed):
@@ -443,8 +467,11 @@ def measure_serving_cost(served, X, seed):
     }
 
 
-def rank_candidates(experiment_id, comparison_id, metric):
-    """Ask MLflow for the runs of a comparison: a DataFrame, the best first, failed ones last."""
+def load_results(experiment_id, comparison_id, metric):
+    """Ask MLflow for the runs of a comparison. Return a DataFrame with all that was logged.
+
+    The best is first, as in `find_best_models`; candidates that failed are last.
+    """
     return mlflow.search_runs(
         [experiment_id],
         f"tags.mlflow.parentRunId = '{comparison_id}'",
@@ -452,16 +479,17 @@ def rank_candidates(experiment_id, comparison_id, metric):
     )
 
 
-def recommend(ranked, risk, noise):
-    """Return the run of the candidate that is cheapest to serve among those that are hardly worse.
+def recommend(results, risk, noise):
+    """Return the run of the fastest candidate that is practically as good as the best.
 
-    At most with probability `risk` is it worse than the best by more than the ROPE, or no better
-    than the baseline. Latencies of up to `noise` times the lowest count as equal: of those, the
-    best score wins. `ranked` has the best first. None if no candidate qualifies.
+    It is worse than the best by more than ROPE with probability `risk` or less, and better than the
+    baseline with probability `1 - risk` or more. Latencies of up to `noise` times the lowest
+    count as equal: of those, the best score wins. `results` has the best first. Returns None if no
+    candidate qualifies.
     """
-    hardly_worse = ranked["metrics.p_worse"] <= risk
-    above_baseline = ranked["metrics.p_above_baseline"] >= 1 - risk
-    good = ranked[hardly_worse & above_baseline]
+    as_good = results["metrics.p_worse"] <= risk
+    above_baseline = results["metrics.p_above_baseline"] >= 1 - risk
+    good = results[as_good & above_baseline]
     if good.empty:
         return None
     latency = good["metrics.latency_ms_p50"]
@@ -469,34 +497,34 @@ def recommend(ranked, risk, noise):
     return fast.iloc[0]
 
 
-def log_choice(ranked, recommended, scores, metric, train):
+def log_choice(results, recommended, scores, metric, train):
     """Log to the active run which model is the best, which is recommended, and the baseline."""
     recommended_name = "none" if recommended is None else recommended["tags.mlflow.runName"]
-    mlflow.log_param("best_model", ranked["tags.mlflow.runName"].iloc[0])
+    mlflow.log_param("best_model", results["tags.mlflow.runName"].iloc[0])
     mlflow.log_param("recommended_model", recommended_name)
-    best_score = ranked[f"metrics.cv_{metric}"].iloc[0]
+    best_score = results[f"metrics.cv_{metric}"].iloc[0]
     mlflow.log_metric(f"best_cv_{metric}", best_score, dataset=train.dataset)
     baseline_score = scores["baseline"].mean()
     mlflow.log_metric(f"baseline_cv_{metric}", baseline_score, dataset=train.dataset)
 
 
-def log_report(ranked, scores, best, test, metric, rope, n_folds):
+def log_report(results, scores, best, test, metric, rope, n_folds):
     """Log the tables and the picture to the active run, and a table as its description."""
-    names = ranked["tags.mlflow.runName"].rename("model")
-    numbers = ranked.filter(like="metrics.").rename(columns=lambda c: c.removeprefix("metrics."))
-    full_table = numbers.assign(verdict=ranked["tags.verdict"]).set_index(names)
+    names = results["tags.mlflow.runName"].rename("model")
+    numbers = results.filter(like="metrics.").rename(columns=lambda c: c.removeprefix("metrics."))
+    full_table = numbers.assign(verdict=results["tags.verdict"]).set_index(names)
     mlflow.log_text(full_table.to_csv(), "comparison.csv")
     mlflow.log_text(scores.to_csv(index_label="fold"), "folds.csv")
 
     figure = Figure(figsize=(13, 4.5), layout="constrained")
     differences_axes, costs_axes, matrix_axes = figure.subplots(1, 3)
     draw_differences(differences_axes, scores, list(names), metric, rope, n_folds)
-    draw_costs(costs_axes, ranked, metric)
+    draw_costs(costs_axes, results, metric)
     predicted = mlflow.pyfunc.load_model(best.model_uri).predict(test.X)
     draw_confusion(matrix_axes, test.y, predicted, f"{names.iloc[0]} on the hold-out")
     mlflow.log_figure(figure, "comparison.png")
 
-    mlflow.set_tag("mlflow.note.content", to_markdown(format_candidates(ranked, metric)))
+    mlflow.set_tag("mlflow.note.content", to_markdown(format_candidates(results, metric)))
 
 
 def draw_differences(axes, scores, names, metric, rope, n_folds):
@@ -510,14 +538,15 @@ def draw_differences(axes, scores, names, metric, rope, n_folds):
     axes.axvspan(-rope, rope, color="tab:green", alpha=0.15)
     axes.invert_yaxis()
     axes.set(xlabel=f"Difference in {metric} from the best (95 % interval)")
-    axes.set_title("In the green band, no difference matters")
+    axes.set_title("Differences in the green band do not matter")
 
 
-def draw_costs(axes, ranked, metric):
+def draw_costs(axes, results, metric):
     """Draw score against latency, with a line through those that no other model beats in both."""
-    points = ranked.dropna(subset="metrics.latency_ms_p50").sort_values("metrics.latency_ms_p50")
+    points = results.dropna(subset="metrics.latency_ms_p50").sort_values("metrics.latency_ms_p50")
     latency = points["metrics.latency_ms_p50"]
     score = points[f"metrics.cv_{metric}"]
+    # From fast to slow, a model is on the front if it scores higher than every faster one.
     front = score > score.cummax().shift(fill_value=-np.inf)
     axes.plot(latency, score, "o", color="lightgray", markersize=9)
     axes.plot(latency[front], score[front], "o--", color="tab:blue", markersize=9)
@@ -545,11 +574,12 @@ def draw_confusion(axes, y, predicted, title):
     axes.set_title(title)
 
 
-def format_candidates(ranked, metric):
+def format_candidates(results, metric):
     """Return a table to be printed: a row for each model, the best first, with units."""
     others = [name for name in ("accuracy", "precision", "recall", "f1") if name != metric]
+    others = others[:3]  # as many as fit on a line
     rows = []
-    for _, run in ranked.iterrows():
+    for _, run in results.iterrows():
         row = {"model": run["tags.mlflow.runName"]}
         if run["status"] == "FAILED":
             row["against the best"] = f"failed: {run['tags.error']}"
@@ -557,9 +587,9 @@ def format_candidates(ranked, metric):
             numbers = run.rename(lambda column: column.removeprefix("metrics."))
             mean = numbers[f"cv_{metric}"]
             row[metric] = f"{mean:.4f} ± {numbers[f'cv_{metric}_std']:.4f}"
-            for name in others[:3]:
+            for name in others:
                 row[name] = f"{numbers[f'cv_{name}']:.4f}"
-            row["hold-out"] = f"{numbers[metric]:.4f}"
+            row["hold-out"] = f"{numbers[f'test_{metric}']:.4f}"
             row["against the best"] = run["tags.verdict"]
             row["fit"] = f"{numbers['fit_seconds']:.3f} s"
             row["latency"] = f"{numbers['latency_ms_p50']:.1f} ms"
@@ -574,17 +604,20 @@ def to_markdown(table):
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def print_report(comparison_id, ranked, metric, rope):
+def print_report(comparison_id, results, metric, rope):
     """Print what the comparison found, as MLflow has it."""
     data = mlflow.get_run(comparison_id).data
     print()
-    print(format_candidates(ranked, metric).to_string(index=False))
+    print(format_candidates(results, metric).to_string(index=False))
     baseline = data.metrics[f"baseline_cv_{metric}"]
     print(f"\nBaseline     {metric} {baseline:.4f}, always the most frequent class")
     print(f"Best         {data.params['best_model']}, by its mean {metric} over the folds")
     recommended = data.params["recommended_model"]
-    print(f"Recommended  {recommended}, the fastest that is practically as good as the best")
-    print(f"A percentage says how probable that is; a difference up to {rope} counts as the same.")
+    reason = "practically as good as the best, and among the fastest"
+    if recommended == "none":
+        reason = "no candidate is shown to beat the baseline"
+    print(f"Recommended  {recommended}: {reason}")
+    print(f"Percentages are probabilities; a difference of up to {rope} counts as none.")
 
 
 def how_to_load_the_best(experiment_id, comparison_id, metric, train):
@@ -612,8 +645,8 @@ Load the best model in any process with the same tracking URI:
 """
 
 
-# The rest is the same in all three scripts, so you need to read it only once:
-# rows, model, store, and how a program ends.
+# The rest is the same in all three scripts, so you need to read it only once: rows, model, store,
+# and the end of the program.
 
 
 class Rows(NamedTuple):
@@ -631,12 +664,13 @@ def load_data(csv=None, target="diagnosis", test_size=0.2, seed=42):
     class are left out. Numbers and true/false become floats, which can hold gaps; text stays.
     Returns two Rows. Raises UserError if the table cannot be read, or the target not be learned.
     """
-    name, table = read_table(csv)
+    name = table_name(csv)
+    table = read_table(csv)
     if target not in table or len(table.columns) < 2:
         columns = ", ".join(repr(column) for column in table)
         raise UserError(f"{name} needs {target!r} and more columns, but has {columns}")
 
-    # As text, a class is the same in the table, in a request and in an answer.
+    # A class is text, also in answers. Where the column has gaps, class 1 must not become "1.0".
     labels = table[target].dropna().convert_dtypes().astype(str)
     features = table.drop(columns=target).loc[labels.index]
     features = features.apply(lambda column: column.astype("float64", errors="ignore"))
@@ -651,17 +685,23 @@ def load_data(csv=None, target="diagnosis", test_size=0.2, seed=42):
     return make_rows(X_train, y_train, f"{name}-train"), make_rows(X_test, y_test, f"{name}-test")
 
 
+def table_name(csv):
+    """Return a short name for a CSV file, or for the breast cancer data if it is None."""
+    if csv is None:
+        return "breast-cancer"
+    words = re.findall("[a-z0-9]+", Path(csv).stem.lower())
+    return "-".join(words) or "table"
+
+
 def read_table(csv):
-    """Return the name and the DataFrame of a CSV file, or of the breast cancer data if None."""
+    """Return a CSV file, or the breast cancer data if it is None, as a DataFrame."""
     if csv is None:
         data = load_breast_cancer(as_frame=True)
-        return "breast-cancer", data.data.assign(diagnosis=data.target_names[data.target])
+        return data.data.assign(diagnosis=data.target_names[data.target])
     try:
-        table = pd.read_csv(csv, low_memory=False)
+        return pd.read_csv(csv, low_memory=False)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {csv}: {error}") from error
-    words = re.findall("[a-z0-9]+", Path(csv).stem.lower())
-    return "-".join(words) or "table", table
 
 
 def check_labels(labels, fewest=7):
@@ -678,15 +718,18 @@ def check_labels(labels, fewest=7):
 
 
 def check_features(features):
-    """Raise UserError if a number is infinite; point out columns of nearly all different text."""
+    """Raise UserError if a number is infinite. Point out text that differs in nearly all rows."""
     numbers = features.select_dtypes("number")
     infinite = numbers.columns[np.isinf(numbers).any()]
     if len(infinite):
-        raise UserError(f"column {infinite[0]!r} has infinite numbers: leave them empty")
+        raise UserError(f"column {infinite[0]!r} has infinite numbers: replace them by empty cells")
     for column in features.select_dtypes(exclude="number"):
+        filled = features[column].count()
         different = features[column].nunique()
-        if different > 0.9 * features[column].count() > 20:
-            print(f"Note: column {column!r} has {different} different texts, which teach little.")
+        if filled > 20 and different > 0.9 * filled:
+            print(
+                f"Note: {column!r} has {different} different values; a model learns little from it"
+            )
 
 
 def make_rows(X, y, name):
@@ -698,9 +741,9 @@ def make_rows(X, y, name):
 def add_preprocessing(model, X):
     """Return a pipeline of the model that takes raw rows with the columns of X.
 
-    In a number, a gap becomes the mean of its column; then all numbers are scaled. In text, a gap
-    becomes a value of its own. Each of the 20 most frequent values of a column of text becomes a
-    column of zeros and ones; a value that was never seen in training is ignored.
+    A missing number becomes the mean of its column; then all numbers are scaled. A missing text is
+    a value of its own. Text is one-hot encoded, in 20 columns at most: where there are more
+    values, the rarest share one. A value that was not seen in training becomes all zeros.
     """
     numbers = make_pipeline(SimpleImputer(keep_empty_features=True), StandardScaler())
     gap_value = {"strategy": "constant", "keep_empty_features": True}
@@ -735,7 +778,7 @@ def log_rows(**rows):
 def log_model(model, X, trusted_types):
     """Log a fitted model to the active run, ready to be served, and return its model ID.
 
-    X are rows that it was trained on: the first five become its example of a request.
+    X are rows that it was trained on: the first five become its input example.
     """
     packages = ["mlflow", "scikit-learn", "skops", "pandas", "numpy", "scipy"]
     logged = mlflow.sklearn.log_model(
@@ -747,7 +790,7 @@ def log_model(model, X, trusted_types):
         skops_trusted_types=trusted_types,
         signature=mlflow.models.infer_signature(X, model.predict(X)),
         input_example=X.head(),
-        pip_requirements=[f"{package}=={version(package)}" for package in packages],
+        pip_requirements=[f"{package}=={metadata.version(package)}" for package in packages],
     )
     return logged.model_id
 
@@ -766,11 +809,13 @@ def open_store(experiment):
     quieten_mlflow()
 
     uri = mlflow.get_tracking_uri()
+    # Once it is open, wait about a minute for a server that restarts.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "5")
     try:
         with impatient_requests(), one_process_at_a_time(uri):
             return mlflow.set_experiment(experiment).experiment_id
     except Exception as error:
-        message = f"start, unlock or free the store {uri}: {error}"
+        message = f"cannot open the store {uri} (is it down, locked or full?): {error}"
         raise UserError(message) from error
 
 
@@ -788,8 +833,7 @@ def quieten_mlflow():
 
 @contextmanager
 def impatient_requests():
-    """Let a server that does not answer fail after seconds; later on, wait a minute for it."""
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "5")
+    """Let requests fail after seconds if the server does not answer, instead of minutes."""
     settings = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
     before = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)
@@ -815,7 +859,7 @@ def one_process_at_a_time(uri):
 
 
 def where_to_look(experiment_id, order_by="attributes.start_time"):
-    """Return the lines that say how to open the runs of an experiment, the greatest first."""
+    """Return how to see the runs of an experiment in the MLflow UI, the highest first."""
     uri = mlflow.get_tracking_uri()
     page = f"#/experiments/{experiment_id}/runs?workflowType=machine_learning"
     page += f"&orderByKey={quote(order_by)}&orderByAsc=false"
@@ -825,14 +869,14 @@ def where_to_look(experiment_id, order_by="attributes.start_time"):
     return f"Look:  {command}\n       then open http://127.0.0.1:5000/{page}"
 
 
-def next_command(script, *options, args):
-    """Return the line that says how to go on with another script, on the same data and metric."""
+def command_line(script, *options, args):
+    """Return the command that starts a script of this folder on the same data and metric."""
+    command = ["python", str(Path(sys.argv[0]).with_name(script)), *options]
     if args.csv is not None:
-        options += ("--csv", args.csv, "--target", args.target)
+        command += ["--csv", args.csv, "--target", args.target]
     if args.metric != "accuracy":
-        options += ("--metric", args.metric)
-    path = Path(sys.argv[0]).with_name(script)
-    return "Next:  " + shlex.join(["python", str(path), *options])
+        command += ["--metric", args.metric]
+    return shlex.join(command)
 
 
 def hide_secrets(uri):
@@ -846,12 +890,12 @@ def hide_secrets(uri):
 
 
 def run_as_program(main):
-    """Run `main` and return the exit code; print what the user can mend in one line.
+    """Run `main` and return an exit code; errors that the user can fix become one line on stderr.
 
     0: done. 1: refused. 2: bad input, or a store that fails. 130: Ctrl-C. An unexpected error
     keeps its traceback.
     """
-    signal.signal(signal.SIGINT, interrupt_outside_mlflow)
+    signal.signal(signal.SIGINT, interrupt_after_mlflow_call)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # "?" for a letter that the terminal cannot show
     try:
@@ -873,10 +917,10 @@ def run_as_program(main):
     return code
 
 
-def interrupt_outside_mlflow(signal_number, frame):
-    """Let Ctrl-C stop the program, but never in the middle of a write of MLflow's.
+def interrupt_after_mlflow_call(signal_number, frame):
+    """Let Ctrl-C stop the program, but only after a call of MLflow that is under way.
 
-    Such a write is finished first, so that no run is left RUNNING and no database locked.
+    Otherwise, a write that is cut short leaves a run RUNNING, or the database locked.
     """
     while frame is not None:
         if frame.f_globals.get("__name__", "").split(".")[0] == "mlflow":

@@ -2,8 +2,8 @@
 
 A scaled logistic regression is trained on scikit-learn's breast cancer data and registered (with
 --model-uri: any logged scikit-learn model). The new version gets the alias `staging`. It is loaded
-and has to pass a gate on the hold-out, beside the version that is in production. Only then does the
-alias `production` move to it.
+back and must pass a gate on the hold-out, where it is also compared with the version in production.
+Only then does the alias `production` move to it.
 
     python production_deployment.py
     python production_deployment.py --model-uri runs:/RUN_ID/model
@@ -14,7 +14,7 @@ alias `production` move to it.
 It leaves this in the store (sqlite:///mlflow.db, or MLFLOW_TRACKING_URI where that is set):
 
     experiment production-deployment
-    └── deployment          figures of the gate, gate.png, deployment_guide.md, perhaps a `model`
+    └── deployment          metrics of the gate, gate.png, deployment_guide.md; `model`, if trained
     registered model breast-cancer-classifier
     └── version 1, 2, …     with its verdict; aliases staging, production and previous
 
@@ -30,6 +30,7 @@ Exit code 0: promoted, or rolled back. 1: refused. 2: bad input, or a store that
 #     "numpy>=1.26,<2.5",
 # ]
 # ///
+# These bring along joblib, matplotlib, scipy, skops, sqlalchemy and threadpoolctl.
 
 import logging
 import os
@@ -46,7 +47,7 @@ import warnings
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from contextlib import closing, contextmanager, redirect_stderr
 from functools import partial
-from importlib.metadata import version
+from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
@@ -76,31 +77,32 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
 EXPERIMENT = "production-deployment"
-SEED = 42  # of the split
-TEST_SIZE = 0.2  # share of the rows that the gate judges on
-
+SEED = 42  # of the split and of the bootstrap
+TEST_SIZE = 0.2  # share of the rows held out, for the gate
 TOLERANCE = 0.02  # how much lower than production's a score may be
 
-# The limits that a version has to keep to be promoted, on the figures that `main` collects.
+# A version is promoted only if every metric is within its limit.
 GATE = {
-    # The score on the hold-out; for your own data, --min-score.
+    # The score on the hold-out. This limit is for the breast cancer data.
     "score": MetricThreshold(threshold=0.93, greater_is_better=True),
-    # What it gains on the answer that is most frequent.
-    "gained": MetricThreshold(threshold=0.01, greater_is_better=True),
-    # What it loses to production, and the probability that it loses more than the tolerance.
-    "lost": MetricThreshold(threshold=TOLERANCE, greater_is_better=False),
-    "p_lost": MetricThreshold(threshold=0.2, greater_is_better=False),
-    # What it loses to the best score of all that have been in production: small losses add up.
-    "lost_to_best": MetricThreshold(threshold=TOLERANCE, greater_is_better=False),
-    # For a request of one row, median.
+    # The score minus that of always answering the most frequent class.
+    "above_baseline": MetricThreshold(threshold=0.01, greater_is_better=True),
+    # The score of the version in production minus this score; and the probability that this
+    # difference exceeds TOLERANCE on other rows.
+    "below_production": MetricThreshold(threshold=TOLERANCE, greater_is_better=False),
+    "p_below_production": MetricThreshold(threshold=0.2, greater_is_better=False),
+    # The best score that was ever in production minus this score. Small losses add up.
+    "below_best_ever": MetricThreshold(threshold=TOLERANCE, greater_is_better=False),
+    # The median time of predict() for one row, in this process: without HTTP.
     "latency_ms": MetricThreshold(threshold=50, greater_is_better=False),
-    # 1 for yes, 0 for no.
+    # 1 is yes, 0 is no.
     "answers_its_example": MetricThreshold(threshold=1, greater_is_better=True),
     "refuses_a_missing_column": MetricThreshold(threshold=1, greater_is_better=True),
 }
 
-# What --metric offers: functions of the true and the predicted classes. The greater score is the
-# better one, everywhere: an error would stand here as its negative, as in scikit-learn's scorers.
+# The choices of --metric: functions of the true and the predicted classes. Higher must be better;
+# add an error as its negative, like scikit-learn's neg_ scorers. F1, precision and recall are macro
+# averages, in which every class counts the same.
 METRICS = {
     "accuracy": accuracy_score,
     "balanced_accuracy": balanced_accuracy_score,
@@ -109,7 +111,8 @@ METRICS = {
     "recall": partial(recall_score, average="macro", zero_division=0),
 }
 
-# Types that skops does not know, and may load all the same: they run no code.
+# Types that skops does not load unless they are named. They run no code. But a damaged file of
+# trees can crash the process that predicts with it (skops pull request 535).
 TRUSTED = [
     "numpy.dtype",
     "sklearn.tree._tree.Tree",
@@ -118,34 +121,36 @@ TRUSTED = [
 
 
 class UserError(Exception):
-    """Something that the user can mend. The program ends in one line, without a traceback."""
+    """A problem that the user can fix. It ends the program in one line, without a traceback."""
 
     exit_code = 2
 
 
 class Refused(UserError):
-    """Nothing is good enough to go on with."""
+    """Nothing is broken, but there is no result that should be used."""
 
     exit_code = 1
 
 
 def main(argv=None):
     args = parse_args(argv)
-    train, test = load_data(args.csv, args.target, TEST_SIZE, SEED)
-    experiment_id = open_store(EXPERIMENT)
-    name = train.dataset.name.removesuffix("-train") + "-classifier"
+    name = f"{table_name(args.csv)}-classifier"
     if args.history:
-        print_history(experiment_id, name)
+        print_history(open_store(EXPERIMENT), name)
         return
     if args.rollback is not None:
-        rollback(experiment_id, name, args.rollback)
+        roll_back(open_store(EXPERIMENT), name, args.rollback)
         return
 
-    gate = set_min_score(GATE, args.min_score, args.csv)
+    train, test = load_data(args.csv, args.target, TEST_SIZE, SEED)
+    experiment_id = open_store(EXPERIMENT)
     champion = load_champion(name, train, TRUSTED)
-    model_id = find_logged_model(args.model_uri, train, TRUSTED)
+    model_id = None
+    if args.model_uri is not None:
+        model_id = check_logged_model(args.model_uri, train, TRUSTED)
 
     with mlflow.start_run(run_name="deployment"):
+        mlflow.log_param("metric", args.metric)
         log_rows(training=train, testing=test)
         if model_id is None:
             model_id = train_model(train, TRUSTED)
@@ -154,12 +159,15 @@ def main(argv=None):
         # What will be served is what is judged: the version, loaded from the registry.
         candidate = load_checked(f"models:/{name}/{version}", train.X.columns, TRUSTED)
         score = METRICS[args.metric]
-        figures = evaluate(candidate, train, test, score)
-        figures |= compare(candidate, champion.model, test, score, TOLERANCE, SEED)
-        figures |= compare_with_history(experiment_id, name, args.metric, test, figures["score"])
-        log_figures(figures, model_id, args.metric, test)
-        missed = missed_limits(figures, gate)
-        record_verdict(name, version, champion, candidate, figures, gate, missed, test)
+        metrics = evaluate(candidate, train, test, score)
+        metrics |= compare(candidate, champion.model, test, score, TOLERANCE, SEED)
+        metrics |= compare_with_history(experiment_id, name, args.metric, test, metrics["score"])
+        mlflow.log_metrics(metrics, model_id=model_id, dataset=test.dataset)
+        mlflow.log_figure(draw_answers(candidate, champion.model, test), "gate.png")
+
+        gate = choose_gate(GATE, metrics, args.min_score, args.csv)
+        missed = missed_limits(metrics, gate)
+        log_verdict(name, version, champion, metrics, gate, missed, test)
         if missed:
             raise Refused(f"version {version} misses a limit. {' '.join(missed)}")
 
@@ -171,90 +179,71 @@ def main(argv=None):
     print(predict_with_production(name, test, TRUSTED).to_string(index=False))
     print(f"\n{guide}")
     print(where_to_look(experiment_id))
-    print_undo(champion, args)
+    if champion.version is not None:
+        print("Undo: ", command_line("production_deployment.py", "--rollback", args=args))
 
 
 def parse_args(argv):
     """Return the options of the command line."""
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--csv", metavar="FILE", help="learn from this table instead")
-    add("--target", default="diagnosis", help="its column that holds the classes")
-    add("--metric", choices=METRICS, default="accuracy", help="what the gate's score is")
+    add("--csv", metavar="FILE", help="use this table, not the breast cancer data")
+    add("--target", default="diagnosis", help="the column to predict")
+    add("--metric", choices=METRICS, default="accuracy", help="the gate's score")
     add("--model-uri", help="deploy this logged model: models:/m-… or runs:/RUN_ID/model")
-    add("--min-score", type=float, help="the least score that the gate asks for")
-    add("--history", action="store_true", help="print what was deployed and rolled back, and end")
+    add("--min-score", type=float, help="the lowest score that passes the gate")
+    add("--history", action="store_true", help="print who promoted or rolled back what, and exit")
     add(
         "--rollback",
         nargs="?",
         const="previous",
         metavar="VERSION",
-        help="put the previous version back into production, or this one that was there before",
+        help="put the previous version, or VERSION, back into production, and exit",
     )
     return parser.parse_args(argv)
 
 
-def set_min_score(gate, min_score, csv):
-    """Return the gate with another least score.
-
-    The least score of GATE is for the breast cancer data. A version for other data is held to
-    the baseline and to production, unless a least score is given for it.
-    """
-    if min_score is not None:
-        limit = MetricThreshold(threshold=min_score, greater_is_better=True)
-        return {**gate, "score": limit}
-    if csv is None:
-        return gate
-    print("The gate asks for no least score; --min-score sets one", flush=True)
-    return {name: limit for name, limit in gate.items() if name != "score"}
-
-
 class Champion(NamedTuple):
-    """The version in production. Both are None if there is none."""
+    """The version in production."""
 
-    version: str | None
+    version: str | None  # None if there is none
     model: mlflow.pyfunc.PyFuncModel | None  # None as well if it may not be loaded
 
 
 def load_champion(name, train, trusted_types):
     """Return the Champion of a registered model.
 
-    One that may not be loaded, such as a pickle, must not stand in the way of a better one: it is
-    pointed out, and nothing is compared with it.
+    One that may not be loaded, such as a pickle, does not block a better model: a note is printed,
+    and the candidate is not compared with it.
     """
-    number = get_aliases(name).get("production")
-    if number is None:
+    version = get_aliases(name).get("production")
+    if version is None:
         return Champion(None, None)
     try:
-        model = load_checked(f"models:/{name}/{number}", train.X.columns, trusted_types)
+        model = load_checked(f"models:/{name}/{version}", train.X.columns, trusted_types)
     except UnsafeModel as error:
-        print(f"Note: nothing is compared with production, because {error}")
-        return Champion(number, None)
+        print(f"Note: the candidate is not compared with version {version} in production: {error}")
+        return Champion(version, None)
     if trained_on_other_rows(model.model_id, train):
-        print(f"Note: version {number} in production may have seen these rows in its training")
-    return Champion(number, model)
+        print(
+            f"Note: version {version} in production may have been trained on rows of the hold-out"
+        )
+    return Champion(version, model)
 
 
-def get_aliases(name):
-    """Return the aliases of a registered model and the versions that they point at."""
-    found = mlflow.search_registered_models(filter_string=f"name = '{name}'")
-    return {alias: str(number) for alias, number in found[0].aliases.items()} if found else {}
+def check_logged_model(model_uri, train, trusted_types):
+    """Return the model ID of a logged model that may be deployed.
 
-
-def find_logged_model(model_uri, train, trusted_types):
-    """Return the ID of a logged model, after a check that it may be deployed; None for None.
-
-    Raises UserError if it may not be loaded or is in no store, and Refused if it was trained on
-    other rows than these: they may be those of the hold-out, and its score would be too good.
+    Raises UserError if it may not be loaded, and Refused if it was trained on other rows than
+    these: the hold-out may be among them, and its score would be too good.
     """
-    if model_uri is None:
-        return None
     model_id = mlflow.models.get_model_info(model_uri).model_id
+    mlflow.get_logged_model(model_id)  # raises if this store does not have it
     load_checked(f"models:/{model_id}", train.X.columns, trusted_types)
     if not training_digests(model_id):
         print("Note: the store does not know which rows the model was trained on", flush=True)
     if trained_on_other_rows(model_id, train):
-        raise Refused(f"{model_uri} was trained on other rows, and may have seen the hold-out")
+        raise Refused(f"{model_uri} was trained on other rows, perhaps on those of the hold-out")
     return model_id
 
 
@@ -265,8 +254,11 @@ def trained_on_other_rows(model_id, train):
 
 
 def training_digests(model_id):
-    """Return the digests of the data sets that a model was trained on, by its run in the store."""
-    run = mlflow.get_run(mlflow.get_logged_model(model_id).source_run_id)
+    """Return the digests of the data sets that a model was trained on; none if unknown."""
+    try:
+        run = mlflow.get_run(mlflow.get_logged_model(model_id).source_run_id)
+    except mlflow.MlflowException:
+        return set()
     return {
         dataset_input.dataset.digest
         for dataset_input in run.inputs.dataset_inputs
@@ -296,106 +288,15 @@ def register(name, model_id, train):
     return str(registered.version)
 
 
-def set_alias(name, alias, number):
-    """Point an alias at a version."""
-    client = mlflow.MlflowClient()
-    try:
-        client.set_registered_model_alias(name, alias, number)
-    except mlflow.MlflowException:
-        # Another deployment has made this alias at the same moment. Now it can be moved.
-        client.set_registered_model_alias(name, alias, number)
-
-
-class UnsafeModel(UserError):
-    """A model that could run code when it is loaded or served."""
-
-
-def load_checked(model_uri, columns, trusted_types):
-    """Fetch a model, check the copy, and load that same copy.
-
-    Raises UnsafeModel if it could run code, and UserError if it does not predict a class from
-    these columns. A damaged file of trees can still crash the process: their indices are not
-    checked when they are loaded (skops issue 535).
-    """
-    with TemporaryDirectory() as folder:
-        path = Path(mlflow.artifacts.download_artifacts(model_uri, dst_path=folder))
-        reason = why_unsafe(path, trusted_types)
-        if reason:
-            raise UnsafeModel(f"{model_uri} could run code: {reason}")
-        info = Model.load(path)
-        names = info.signature.inputs.input_names() if info.signature else []
-        answers = info.flavors["python_function"].get("predict_fn", "predict")
-        if names != list(columns) or answers != "predict":
-            raise UserError(f"{model_uri} does not predict classes from the columns of the data")
-        return mlflow.pyfunc.load_model(str(path))
-
-
-# What a model of these scripts consists of. Everything else is refused.
-MODEL_FILES = {
-    "MLmodel",
-    "conda.yaml",
-    "input_example.json",
-    "model.skops",
-    "python_env.yaml",
-    "registered_model_meta",
-    "requirements.txt",
-    "serving_input_example.json",
-}
-FLAVORS = {
-    "sklearn": {"pickled_model": "model.skops", "serialization_format": "skops"},
-    "python_function": {
-        "env": {"conda": "conda.yaml", "virtualenv": "python_env.yaml"},
-        "loader_module": "mlflow.sklearn",
-        "model_path": "model.skops",
-    },
-}
-FREE_SETTINGS = {"sklearn_version", "skops_trusted_types", "python_version", "predict_fn"}
-# A line of the files that a server installs from: a package and its version, or one of the words
-# between them. An index, an address, a path or an option of pip is none of these.
-ENVIRONMENT_LINE = re.compile(
-    r"(\s*- )?(\w[\w.-]*(==|<=|=)[\w.]+|python: [\d.']+|name: [\w-]+|conda-forge|pip|wheel"
-    r"|setuptools|channels:|dependencies:|build_dependencies:|pip:|-r requirements.txt)?"
-)
-
-
-def why_unsafe(path, trusted_types):
-    """Return why the model in a folder may not be loaded or served, or None if it may."""
-    for file in path.rglob("*"):
-        if file.relative_to(path).as_posix() not in MODEL_FILES or file.is_symlink():
-            return f"it has the file {file.name}"
-
-    flavors = Model.load(path).flavors
-    if set(flavors) != set(FLAVORS):
-        return f"it has the flavors {', '.join(flavors)}"
-    for name, flavor in flavors.items():
-        settings = {key: flavor[key] for key in set(flavor) - FREE_SETTINGS if flavor[key]}
-        if settings != FLAVORS[name]:
-            return f"its flavor {name} is not that of a skops file"
-    # MLflow trusts the types that a model itself names.
-    other_types = set(flavors["sklearn"].get("skops_trusted_types") or []) - set(trusted_types)
-    if other_types:
-        return f"it has the types {', '.join(other_types)}"
-
-    for name in ("requirements.txt", "conda.yaml", "python_env.yaml"):
-        for line in (path / name).read_text().splitlines():
-            if not ENVIRONMENT_LINE.fullmatch(line):
-                return f"{name} has the line {line!r}"
-    return None
-
-
 def evaluate(model, train, test, score):
-    """Return what is to be known of a loaded model alone, scored on the hold-out.
-
-    score is its score, gained what the score is above that of the most frequent class, latency_ms
-    the median time for a request of one row. The last two are 1 for yes and 0 for no.
-    """
-    print("Load the staged version and evaluate it on the hold-out", flush=True)
+    """Return the metrics of a loaded model, on the hold-out: see GATE for their meaning."""
+    print("Evaluate the staged version on the hold-out", flush=True)
     model_score = score(test.y, model.predict(test.X))
     baseline = DummyClassifier().fit(train.X, train.y)
     baseline_score = score(test.y, baseline.predict(test.X))
     return {
         "score": model_score,
-        "gained": difference(model_score, baseline_score),
+        "above_baseline": rounded_difference(model_score, baseline_score),
         "latency_ms": median_latency_ms(model, test.X),
         "answers_its_example": float(answers_its_example(model)),
         "refuses_a_missing_column": float(refuses_a_missing_column(model, test.X)),
@@ -403,26 +304,33 @@ def evaluate(model, train, test, score):
 
 
 def compare(candidate, champion, test, score, tolerance, seed):
-    """Return what a candidate loses to the champion on the hold-out; nothing if that is None.
-
-    lost is the difference of their scores, p_lost how probable it is to be above the tolerance.
-    """
+    """Return the metrics that compare a candidate with the champion, or none if that is None."""
     if champion is None:
-        return {"lost": 0.0, "p_lost": 0.0}
+        return {}
     answers = candidate.predict(test.X)
     champion_answers = champion.predict(test.X)
-    lost = difference(score(test.y, champion_answers), score(test.y, answers))
-    p_lost = probability_of_loss(test.y, answers, champion_answers, score, tolerance, seed)
-    return {"lost": lost, "p_lost": p_lost}
+    below = rounded_difference(score(test.y, champion_answers), score(test.y, answers))
+    p_below = probability_of_loss(test.y, answers, champion_answers, score, tolerance, seed)
+    return {"below_production": below, "p_below_production": p_below}
 
 
-def difference(a, b):
-    """Return a - b, rounded: 0.98 - 0.96 is 0.020000000000000018, more than a limit of 0.02."""
-    return round(a - b, 12)
+def compare_with_history(experiment_id, name, metric, test, score):
+    """Return how far a score is below the best on this hold-out that was ever in production.
+
+    Returns no metric if there is none yet.
+    """
+    promoted = mlflow.search_runs(
+        [experiment_id],
+        f"tags.registered_model = '{name}' AND tags.outcome = 'promoted'"
+        f" AND tags.holdout_digest = '{test.dataset.digest}' AND params.metric = '{metric}'",
+    )
+    if promoted.empty:
+        return {}
+    return {"below_best_ever": rounded_difference(promoted["metrics.score"].max(), score)}
 
 
 def probability_of_loss(y, answers, champion_answers, score, tolerance, seed, draws=1000):
-    """Return how probable it is that a candidate scores lower than a champion by more than this.
+    """Return how probable it is that a candidate loses to a champion by more than `tolerance`.
 
     A paired bootstrap (Efron and Tibshirani, An Introduction to the Bootstrap, 1993): both are
     scored on the same rows, which are drawn anew, with replacement, `draws` times.
@@ -430,11 +338,13 @@ def probability_of_loss(y, answers, champion_answers, score, tolerance, seed, dr
     # Numbers are scored faster than text.
     codes, _ = pd.factorize(np.concatenate([y, answers, champion_answers]))
     y, answers, champion_answers = np.split(codes, 3)
-    random_rows = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
     worse = 0
     for _ in range(draws):
-        rows = random_rows.integers(len(y), size=len(y))
-        loss = difference(score(y[rows], champion_answers[rows]), score(y[rows], answers[rows]))
+        rows = rng.integers(len(y), size=len(y))
+        loss = rounded_difference(
+            score(y[rows], champion_answers[rows]), score(y[rows], answers[rows])
+        )
         worse += loss > tolerance
     return worse / draws
 
@@ -448,11 +358,13 @@ def median_latency_ms(model, X):
 
 def answers_its_example(model):
     """Return True if a loaded model answers the example of a request that was saved with it."""
+    if model.input_example is None:
+        return False
     try:
         model.predict(model.input_example)
     except (mlflow.MlflowException, ValueError, TypeError):
         return False
-    return model.input_example is not None
+    return True
 
 
 def refuses_a_missing_column(model, X):
@@ -464,91 +376,9 @@ def refuses_a_missing_column(model, X):
     return False
 
 
-def compare_with_history(experiment_id, name, metric, test, score):
-    """Return what a score loses to the best one on this hold-out that was ever in production.
-
-    Small losses, each within the tolerance, must not add up.
-    """
-    promoted = mlflow.search_runs(
-        [experiment_id],
-        f"tags.registered_model = '{name}' AND tags.outcome = 'promoted'"
-        f" AND tags.rows = '{test.dataset.digest}' AND params.metric = '{metric}'",
-    )
-    if promoted.empty:
-        return {"lost_to_best": 0.0}
-    return {"lost_to_best": difference(promoted["metrics.score"].max(), score)}
-
-
-def log_figures(figures, model_id, metric, test):
-    """Log the figures to the active run, linked to the model and to the hold-out."""
-    mlflow.log_param("metric", metric)
-    mlflow.log_metrics(figures, model_id=model_id, dataset=test.dataset)
-
-
-def missed_limits(figures, gate):
-    """Return a line for each limit that the figures miss, as MLflow words it."""
-    try:
-        mlflow.validate_evaluation_results(gate, EvaluationResult(figures, artifacts={}))
-    except mlflow.exceptions.MlflowException as error:
-        return str(error).splitlines()
-    return []
-
-
-def record_verdict(name, version, champion, candidate, figures, gate, missed, test):
-    """Print the verdict, and write it to the version and to the active run.
-
-    The tags are there to be searched by, the table and the picture to be looked at.
-    """
-    table = format_gate(figures, gate)
-    print(table.to_string(index=False), flush=True)
-    verdict = "failed" if missed else "passed"
-    compared_with = "none" if champion.model is None else champion.version
-    description = (
-        f"The gate was {verdict} on {test.dataset.name} (digest {test.dataset.digest}), beside "
-        f"version {compared_with} in production.\n\n{to_markdown(table)}"
-    )
-    client = mlflow.MlflowClient()
-    client.update_model_version(name, version, description)
-    client.set_model_version_tag(name, version, "validation_status", verdict)
-    client.set_model_version_tag(name, version, "compared_with", compared_with)
-
-    mlflow.log_figure(draw_answers(candidate, champion.model, test), "gate.png")
-    mlflow.set_tags(
-        {
-            "registered_model": name,
-            "version": version,
-            "replaces": champion.version or "none",
-            "rows": test.dataset.digest,
-            "outcome": "refused" if missed else "passed",
-            "mlflow.note.content": description,
-        }
-    )
-
-
-def format_gate(figures, gate):
-    """Return the figures and their limits as a table of text."""
-    rows = []
-    for name, limit in gate.items():
-        side = "at least" if limit.greater_is_better else "at most"
-        margin = figures[name] - limit.threshold
-        if not limit.greater_is_better:
-            margin = -margin
-        rows.append(
-            {
-                "figure": name,
-                "value": f"{figures[name]:.4f}",
-                "limit": f"{side} {limit.threshold:g}",
-                "margin": f"{margin:+.4f}",
-                "verdict": "passed" if margin >= 0 else "missed",
-            }
-        )
-    return pd.DataFrame(rows)
-
-
-def to_markdown(table):
-    """Return a DataFrame of text as a Markdown table."""
-    lines = [table.columns, ["---"] * len(table.columns), *table.to_numpy()]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def rounded_difference(a, b):
+    """Return a - b, rounded: else 0.98 - 0.96 is 0.020000000000000018, above a limit of 0.02."""
+    return round(a - b, 12)
 
 
 def draw_answers(candidate, champion, test):
@@ -580,13 +410,89 @@ def draw_confusion(axes, y, predicted, title):
     axes.set_title(title)
 
 
+def choose_gate(gate, metrics, min_score, csv):
+    """Return the limits that apply, by metric.
+
+    A first version is compared with nothing. The limit for the score is for the breast cancer data:
+    another table has none, unless `min_score` gives one.
+    """
+    limits = {name: limit for name, limit in gate.items() if name in metrics}
+    if min_score is not None:
+        limits["score"] = MetricThreshold(threshold=min_score, greater_is_better=True)
+    elif csv is not None:
+        print("Note: this table has no minimum score; set one with --min-score", flush=True)
+        limits.pop("score")
+    return limits
+
+
+def missed_limits(metrics, gate):
+    """Return a line for each limit that the metrics miss, as MLflow words it."""
+    try:
+        mlflow.validate_evaluation_results(gate, EvaluationResult(metrics, artifacts={}))
+    except mlflow.exceptions.MlflowException as error:
+        return str(error).splitlines()
+    return []
+
+
+def log_verdict(name, version, champion, metrics, gate, missed, test):
+    """Print the verdict, and write it to the version and to the active run."""
+    table = format_gate(metrics, gate)
+    print(table.to_string(index=False), flush=True)
+    verdict = "failed" if missed else "passed"
+    compared_with = "none" if champion.model is None else champion.version
+    description = (
+        f"This version {verdict} the gate on {test.dataset.name} (digest {test.dataset.digest}). "
+        f"Production version it was compared with: {compared_with}.\n\n{to_markdown(table)}"
+    )
+    client = mlflow.MlflowClient()
+    client.update_model_version(name, version, description)
+    client.set_model_version_tag(name, version, "validation_status", verdict)
+    client.set_model_version_tag(name, version, "compared_with", compared_with)
+    mlflow.set_tags(
+        {
+            "registered_model": name,
+            "version": version,
+            "champion": champion.version or "none",
+            "holdout_digest": test.dataset.digest,
+            "outcome": "refused" if missed else "passed",
+            "mlflow.note.content": description,
+        }
+    )
+
+
+def format_gate(metrics, gate):
+    """Return the metrics and their limits as a table of text."""
+    rows = []
+    for name, limit in gate.items():
+        side = "at least" if limit.greater_is_better else "at most"
+        margin = metrics[name] - limit.threshold
+        if not limit.greater_is_better:
+            margin = -margin
+        rows.append(
+            {
+                "metric": name,
+                "value": f"{metrics[name]:.4f}",
+                "limit": f"{side} {limit.threshold:g}",
+                "margin": f"{margin:+.4f}",
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def to_markdown(table):
+    """Return a DataFrame of text as a Markdown table."""
+    lines = [table.columns, ["---"] * len(table.columns), *table.to_numpy()]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
 @contextmanager
 def one_promotion_at_a_time(experiment_id, name, patience=60):
     """Wait until no other run promotes a version of this model, and let others wait for this one.
 
-    The registry has no lock and no compare-and-set (MLflow issue 2169). So a run first writes down
-    that it promotes, and then looks whether another one does: of two, at least one sees the other,
-    and steps back. Raises UserError after `patience` seconds.
+    The registry has no lock and no compare-and-set. So a run first writes down that it promotes,
+    and then looks whether another one does: of two, at least one sees the other, and steps back. A
+    run that was killed in between counts for `patience` seconds. Raises UserError if the others are
+    still at it after that time.
     """
     run_id = mlflow.active_run().info.run_id
     claims = f"tags.promoting = '{name}' AND attributes.status = 'RUNNING'"
@@ -594,7 +500,6 @@ def one_promotion_at_a_time(experiment_id, name, patience=60):
     while True:
         mlflow.set_tags({"promoting": name, "promoting_since": time.time()})
         found = mlflow.search_runs([experiment_id], claims, output_format="list")
-        # A run that was killed while it promoted must not stand in the way for ever.
         others = [
             run
             for run in found
@@ -613,13 +518,14 @@ def one_promotion_at_a_time(experiment_id, name, patience=60):
         mlflow.delete_tag("promoting")
 
 
-def promote(name, version, replaces):
-    """Point `production` at a version, and `previous` at the version that it replaces, or None.
+def promote(name, version, replaces, outcome="promoted"):
+    """Point `production` at a version, and `previous` at `replaces`, which is None for a first one.
 
     Raises Refused, and moves nothing, if another version than `replaces` is in production.
     """
     current = get_aliases(name).get("production")
     if current != replaces:
+        mlflow.set_tag("outcome", "refused")
         raise Refused(f"version {current} has come into production meanwhile; run this again")
     print(f"Move the alias `production` to version {version}", flush=True)
     client = mlflow.MlflowClient()
@@ -630,7 +536,7 @@ def promote(name, version, replaces):
         client.set_model_version_tag(name, version, "replaces", replaces)
         set_alias(name, "previous", replaces)
     set_alias(name, "production", version)
-    mlflow.set_tag("outcome", "promoted")
+    mlflow.set_tag("outcome", outcome)
     set_legacy_stage(name, version)
 
 
@@ -647,73 +553,6 @@ def set_legacy_stage(name, version):
             )
     except (AttributeError, mlflow.MlflowException) as error:
         print(f"Note: the alias has moved, but the legacy stage could not be set: {error}")
-
-
-def rollback(experiment_id, name, to):
-    """Put a version that was in production back there: `to` is its number, or "previous".
-
-    A second time, "previous" undoes the first. Raises UserError if there is no such version.
-    """
-    current = get_aliases(name).get("production")
-    target = previous_version(name) if to == "previous" else to
-    if current is None or target in (None, current):
-        raise UserError(f"{name} has no previous version to roll back to")
-    if "was_in_production" not in mlflow.MlflowClient().get_model_version(name, target).tags:
-        raise UserError(f"version {target} of {name} was never in production")
-
-    with mlflow.start_run(run_name="rollback"):
-        mlflow.set_tags({"registered_model": name, "version": target, "replaces": current})
-        with one_promotion_at_a_time(experiment_id, name):
-            promote(name, target, replaces=current)
-        mlflow.set_tag("outcome", "rolled back")
-    print(f"Rolled {name} back from version {current} to version {target}")
-
-
-def previous_version(name):
-    """Return the version that was in production before the present one, or None."""
-    aliases = get_aliases(name)
-    number = aliases.get("previous")
-    if number is not None and number == aliases.get("production"):
-        # A promotion was killed before it moved `production`.
-        number = mlflow.MlflowClient().get_model_version(name, number).tags.get("replaces")
-    return number
-
-
-def print_history(experiment_id, name):
-    """Print who promoted or rolled back which version, when, and what was refused."""
-    runs = mlflow.search_runs(
-        [experiment_id],
-        f"tags.registered_model = '{name}'",
-        order_by=["attributes.start_time ASC"],
-    )
-    if runs.empty:
-        raise UserError(f"{name} was never deployed from this store")
-    table = pd.DataFrame(
-        {
-            "when": runs["start_time"].dt.strftime("%Y-%m-%d %H:%M:%S %Z"),
-            "who": runs["tags.mlflow.user"],
-            "what": runs["tags.outcome"],
-            "version": runs["tags.version"],
-            "replaces": runs["tags.replaces"],
-            "run": runs["run_id"],
-        }
-    )
-    print(table.to_string(index=False))
-
-
-def predict_with_production(name, test, trusted_types):
-    """Return rows of the hold-out, their class, and what the version in production predicts."""
-    print("Load the version in production and predict rows of the hold-out\n", flush=True)
-    model = load_checked(f"models:/{name}@production", test.X.columns, trusted_types)
-    rows = test.X.head()
-    return rows.iloc[:, :3].assign(actual=test.y, predicted=model.predict(rows))
-
-
-def print_undo(champion, args):
-    """Print how to put back the version that has just been replaced, if there was one."""
-    if champion.version is not None:
-        options = [] if args.csv is None else ["--csv", args.csv, "--target", args.target]
-        print("Undo: ", shlex.join(["python", sys.argv[0], "--rollback", *options]))
 
 
 # Indented lines are commands for a shell. The alias `production` is looked up when they are run.
@@ -744,27 +583,28 @@ Ctrl-C stops it. Restart it after a promotion, or see "Swap without downtime" in
     docker build --tag {name}:{number} image
     docker run --rm --publish 127.0.0.1:5001:8080 {name}:{number}
 
-## Amazon SageMaker (needs boto3, Docker, an AWS role and bucket; https://mlflow.org/docs/latest/ml/deployment)
+## Amazon SageMaker (needs boto3, the ARN of an AWS ROLE, a BUCKET, and the Docker image in a REGISTRY of ECR in the same REGION; https://mlflow.org/docs/latest/ml/deployment)
 
-    mlflow sagemaker build-and-push-container
-    mlflow deployments create --target sagemaker:/REGION --name {name} --model-uri models:/{name}/{number} --config execution_role_arn=ROLE --config bucket=BUCKET
+    mlflow deployments create --target sagemaker:/REGION --name {name} --model-uri models:/{name}/{number} --config execution_role_arn=ROLE --config bucket=BUCKET --config image_url=REGISTRY/{name}:{number}
 
 ## Azure ML (needs az with its ml extension; https://learn.microsoft.com/azure/machine-learning/how-to-deploy-mlflow-models-online-endpoints)
 
     mlflow artifacts download --artifact-uri models:/{name}/{number} --dst-path model
-    az ml model create --name {name} --type mlflow_model --path model
-    az ml online-endpoint create --name {name}
-    az ml online-deployment create --name v{number} --endpoint-name {name} --model azureml:{name}@latest --instance-type Standard_DS3_v2 --instance-count 1 --all-traffic
+    az configure --defaults group=GROUP workspace=WORKSPACE
+    az ml model create --name {name} --version {number} --type mlflow_model --path model
+    az ml online-endpoint create --name ENDPOINT
+    echo '{{"name": "v{number}", "endpoint_name": "ENDPOINT", "model": "azureml:{name}:{number}", "instance_type": "Standard_DS3_v2", "instance_count": 1}}' > deployment.yml
+    az ml online-deployment create --file deployment.yml --all-traffic
 
-## Google Vertex AI (needs gcloud, and the Docker image in a REGISTRY; https://cloud.google.com/sdk/gcloud/reference/ai/models/upload)
+## Google Vertex AI (needs gcloud with a project, and the Docker image in a REGISTRY; https://cloud.google.com/sdk/gcloud/reference/ai/models/upload)
 
-    gcloud ai models upload --region REGION --display-name {name} --container-image-uri REGISTRY/{name}:{number} --container-ports 8080 --container-predict-route /invocations --container-health-route /ping
-    gcloud ai endpoints create --region REGION --display-name {name}
-    gcloud ai endpoints deploy-model ENDPOINT --region REGION --model MODEL --display-name v{number}
+    gcloud ai models upload --region REGION --model-id {name}-{number} --display-name {name} --container-image-uri REGISTRY/{name}:{number} --container-ports 8080 --container-predict-route /invocations --container-health-route /ping
+    gcloud ai endpoints create --region REGION --endpoint-id {name} --display-name {name}
+    gcloud ai endpoints deploy-model {name} --region REGION --model {name}-{number} --display-name v{number} --traffic-split 0=100
 
 ## Databricks (needs databricks, and the model in Unity Catalog as main.ml.{name}; https://docs.databricks.com/dev-tools/cli/reference/serving-endpoints-commands)
 
-    databricks serving-endpoints create {name} --json '{{"config": {{"served_entities": [{{"entity_name": "main.ml.{name}", "entity_version": "{number}", "workload_size": "Small", "scale_to_zero_enabled": true}}]}}}}'
+    databricks serving-endpoints create --json '{{"name": "{name}", "config": {{"served_entities": [{{"entity_name": "main.ml.{name}", "entity_version": "{number}", "workload_size": "Small", "scale_to_zero_enabled": true}}]}}}}'
 
 ## Kubernetes with KServe (needs kubectl, and the Docker image in a REGISTRY; https://kserve.github.io/website/docs/model-serving/predictive-inference/frameworks)
 
@@ -778,8 +618,184 @@ def deployment_guide(name, version):
     return GUIDE.format(name=name, number=version, store=store)
 
 
-# The rest is the same in all three scripts, so you need to read it only once:
-# rows, model, store, and how a program ends.
+def predict_with_production(name, test, trusted_types):
+    """Return rows of the hold-out, their class, and what the version in production predicts."""
+    print("Load the version in production and predict rows of the hold-out\n", flush=True)
+    model = load_checked(f"models:/{name}@production", test.X.columns, trusted_types)
+    rows = test.X.head()
+    return rows.iloc[:, :3].assign(actual=test.y, predicted=model.predict(rows))
+
+
+# The two other commands: roll back, and look back.
+
+
+def roll_back(experiment_id, name, to):
+    """Put an earlier version back into production: `to` is its number, or "previous".
+
+    A second rollback to "previous" undoes the first. Raises UserError if there is no such version.
+    """
+    current = get_aliases(name).get("production")
+    target = previous_version(name) if to == "previous" else to
+    if current is None or target is None:
+        raise UserError(f"{name} has no previous version to roll back to")
+    if target == current:
+        raise UserError(f"version {target} of {name} is already in production")
+    tags = mlflow.MlflowClient().get_model_version(name, target).tags
+    if to != "previous" and "was_in_production" not in tags:
+        raise UserError(f"version {target} of {name} was never in production")
+
+    with mlflow.start_run(run_name="rollback"):
+        mlflow.set_tags({"registered_model": name, "version": target, "champion": current})
+        with one_promotion_at_a_time(experiment_id, name):
+            promote(name, target, replaces=current, outcome="rolled back")
+    print(f"Rolled {name} back from version {current} to version {target}")
+
+
+def previous_version(name):
+    """Return the version that was in production before the present one, or None."""
+    aliases = get_aliases(name)
+    version = aliases.get("previous")
+    if version is not None and version == aliases.get("production"):
+        # A promotion was killed before it moved `production`.
+        version = mlflow.MlflowClient().get_model_version(name, version).tags.get("replaces")
+    return version
+
+
+def print_history(experiment_id, name):
+    """Print who promoted or rolled back which version, when, and what was refused."""
+    runs = mlflow.search_runs(
+        [experiment_id],
+        f"tags.registered_model = '{name}'",
+        order_by=["attributes.start_time ASC"],
+    )
+    if runs.empty:
+        raise UserError(f"{name} was never deployed from this store")
+    table = pd.DataFrame(
+        {
+            "when": runs["start_time"].dt.strftime("%Y-%m-%d %H:%M:%S %Z"),
+            "who": runs["tags.mlflow.user"],
+            "what": runs["tags.outcome"],
+            "version": runs["tags.version"],
+            "champion": runs["tags.champion"],
+            "run": runs["run_id"],
+        }
+    )
+    print(table.to_string(index=False))
+
+
+# What the steps need: the aliases of a version, and a model that is safe to load.
+
+
+def get_aliases(name):
+    """Return the aliases of a registered model and the versions that they point at."""
+    found = mlflow.search_registered_models(filter_string=f"name = '{name}'")
+    if not found:
+        return {}
+    return {alias: str(version) for alias, version in found[0].aliases.items()}
+
+
+def set_alias(name, alias, version):
+    """Point an alias at a version."""
+    client = mlflow.MlflowClient()
+    try:
+        client.set_registered_model_alias(name, alias, version)
+    except mlflow.MlflowException:
+        # Another deployment has made this alias at the same moment. Now it can be moved.
+        client.set_registered_model_alias(name, alias, version)
+
+
+class UnsafeModel(UserError):
+    """A model that could run code when it is loaded or served."""
+
+
+def load_checked(model_uri, columns, trusted_types):
+    """Fetch a model, check the copy, and load that same copy.
+
+    Raises UnsafeModel if it could run code, and UserError if it does not predict a class from
+    these columns.
+    """
+    with TemporaryDirectory() as folder:
+        path = Path(mlflow.artifacts.download_artifacts(model_uri, dst_path=folder))
+        reason = why_unsafe(path, trusted_types)
+        if reason:
+            raise UnsafeModel(f"{model_uri} could run code: {reason}")
+        info = Model.load(path)
+        names = info.signature.inputs.input_names() if info.signature else []
+        predict_fn = info.flavors["python_function"].get("predict_fn", "predict")
+        if names != list(columns) or predict_fn != "predict":
+            raise UserError(f"{model_uri} does not predict classes from the columns of the data")
+        return mlflow.pyfunc.load_model(str(path))
+
+
+# What a model of these scripts consists of. Everything else is refused.
+MODEL_FILES = {
+    "MLmodel",
+    "conda.yaml",
+    "input_example.json",
+    "model.skops",
+    "python_env.yaml",
+    "registered_model_meta",
+    "requirements.txt",
+    "serving_input_example.json",
+}
+FLAVORS = {
+    "sklearn": {"pickled_model": "model.skops", "serialization_format": "skops"},
+    "python_function": {
+        "env": {"conda": "conda.yaml", "virtualenv": "python_env.yaml"},
+        "loader_module": "mlflow.sklearn",
+        "model_path": "model.skops",
+    },
+}
+# Settings of a flavor that may have any value here; the types and predict_fn are checked elsewhere.
+FREE_SETTINGS = {"sklearn_version", "skops_trusted_types", "python_version", "predict_fn"}
+
+# The packages that a server may install for a model. Any other could run code of its own.
+PACKAGES = (
+    "mlflow|scikit-learn|skops|pandas|numpy|scipy|joblib|threadpoolctl|cloudpickle|psutil"
+    "|python|pip|setuptools|wheel"
+)
+# A line of the files that list them: a package, or one of the words that stand between packages.
+# An index, an address, a path or an option of pip is none of these.
+ENVIRONMENT_LINE = re.compile(
+    rf"""
+    (\s*-\ )?
+    ( ({PACKAGES}) ((==|<=|=)[\w.]+)?
+    | python:\ [\d.']+
+    | name:\ [\w-]+
+    | channels: | conda-forge | dependencies: | build_dependencies: | pip:
+    | -r\ requirements\.txt
+    )?""",
+    re.VERBOSE,
+)
+
+
+def why_unsafe(path, trusted_types):
+    """Return why the model in a folder may not be loaded or served, or None if it may."""
+    for file in path.rglob("*"):
+        if file.relative_to(path).as_posix() not in MODEL_FILES or file.is_symlink():
+            return f"it has the file {file.name}"
+
+    flavors = Model.load(path).flavors
+    if set(flavors) != set(FLAVORS):
+        return f"it has the flavors {', '.join(flavors)}"
+    for name, flavor in flavors.items():
+        settings = {key: flavor[key] for key in set(flavor) - FREE_SETTINGS if flavor[key]}
+        if settings != FLAVORS[name]:
+            return f"its flavor {name} is not that of a skops file"
+    # MLflow trusts the types that a model itself names.
+    other_types = set(flavors["sklearn"].get("skops_trusted_types") or []) - set(trusted_types)
+    if other_types:
+        return f"it has the types {', '.join(other_types)}"
+
+    for name in ("requirements.txt", "conda.yaml", "python_env.yaml"):
+        for line in (path / name).read_text().splitlines():
+            if not ENVIRONMENT_LINE.fullmatch(line):
+                return f"{name} has the line {line!r}"
+    return None
+
+
+# The rest is the same in all three scripts, so you need to read it only once: rows, model, store,
+# and the end of the program.
 
 
 class Rows(NamedTuple):
@@ -797,12 +813,13 @@ def load_data(csv=None, target="diagnosis", test_size=0.2, seed=42):
     class are left out. Numbers and true/false become floats, which can hold gaps; text stays.
     Returns two Rows. Raises UserError if the table cannot be read, or the target not be learned.
     """
-    name, table = read_table(csv)
+    name = table_name(csv)
+    table = read_table(csv)
     if target not in table or len(table.columns) < 2:
         columns = ", ".join(repr(column) for column in table)
         raise UserError(f"{name} needs {target!r} and more columns, but has {columns}")
 
-    # As text, a class is the same in the table, in a request and in an answer.
+    # A class is text, also in answers. Where the column has gaps, class 1 must not become "1.0".
     labels = table[target].dropna().convert_dtypes().astype(str)
     features = table.drop(columns=target).loc[labels.index]
     features = features.apply(lambda column: column.astype("float64", errors="ignore"))
@@ -817,17 +834,23 @@ def load_data(csv=None, target="diagnosis", test_size=0.2, seed=42):
     return make_rows(X_train, y_train, f"{name}-train"), make_rows(X_test, y_test, f"{name}-test")
 
 
+def table_name(csv):
+    """Return a short name for a CSV file, or for the breast cancer data if it is None."""
+    if csv is None:
+        return "breast-cancer"
+    words = re.findall("[a-z0-9]+", Path(csv).stem.lower())
+    return "-".join(words) or "table"
+
+
 def read_table(csv):
-    """Return the name and the DataFrame of a CSV file, or of the breast cancer data if None."""
+    """Return a CSV file, or the breast cancer data if it is None, as a DataFrame."""
     if csv is None:
         data = load_breast_cancer(as_frame=True)
-        return "breast-cancer", data.data.assign(diagnosis=data.target_names[data.target])
+        return data.data.assign(diagnosis=data.target_names[data.target])
     try:
-        table = pd.read_csv(csv, low_memory=False)
+        return pd.read_csv(csv, low_memory=False)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {csv}: {error}") from error
-    words = re.findall("[a-z0-9]+", Path(csv).stem.lower())
-    return "-".join(words) or "table", table
 
 
 def check_labels(labels, fewest=7):
@@ -844,15 +867,18 @@ def check_labels(labels, fewest=7):
 
 
 def check_features(features):
-    """Raise UserError if a number is infinite; point out columns of nearly all different text."""
+    """Raise UserError if a number is infinite. Point out text that differs in nearly all rows."""
     numbers = features.select_dtypes("number")
     infinite = numbers.columns[np.isinf(numbers).any()]
     if len(infinite):
-        raise UserError(f"column {infinite[0]!r} has infinite numbers: leave them empty")
+        raise UserError(f"column {infinite[0]!r} has infinite numbers: replace them by empty cells")
     for column in features.select_dtypes(exclude="number"):
+        filled = features[column].count()
         different = features[column].nunique()
-        if different > 0.9 * features[column].count() > 20:
-            print(f"Note: column {column!r} has {different} different texts, which teach little.")
+        if filled > 20 and different > 0.9 * filled:
+            print(
+                f"Note: {column!r} has {different} different values; a model learns little from it"
+            )
 
 
 def make_rows(X, y, name):
@@ -864,9 +890,9 @@ def make_rows(X, y, name):
 def add_preprocessing(model, X):
     """Return a pipeline of the model that takes raw rows with the columns of X.
 
-    In a number, a gap becomes the mean of its column; then all numbers are scaled. In text, a gap
-    becomes a value of its own. Each of the 20 most frequent values of a column of text becomes a
-    column of zeros and ones; a value that was never seen in training is ignored.
+    A missing number becomes the mean of its column; then all numbers are scaled. A missing text is
+    a value of its own. Text is one-hot encoded, in 20 columns at most: where there are more
+    values, the rarest share one. A value that was not seen in training becomes all zeros.
     """
     numbers = make_pipeline(SimpleImputer(keep_empty_features=True), StandardScaler())
     gap_value = {"strategy": "constant", "keep_empty_features": True}
@@ -901,7 +927,7 @@ def log_rows(**rows):
 def log_model(model, X, trusted_types):
     """Log a fitted model to the active run, ready to be served, and return its model ID.
 
-    X are rows that it was trained on: the first five become its example of a request.
+    X are rows that it was trained on: the first five become its input example.
     """
     packages = ["mlflow", "scikit-learn", "skops", "pandas", "numpy", "scipy"]
     logged = mlflow.sklearn.log_model(
@@ -913,7 +939,7 @@ def log_model(model, X, trusted_types):
         skops_trusted_types=trusted_types,
         signature=mlflow.models.infer_signature(X, model.predict(X)),
         input_example=X.head(),
-        pip_requirements=[f"{package}=={version(package)}" for package in packages],
+        pip_requirements=[f"{package}=={metadata.version(package)}" for package in packages],
     )
     return logged.model_id
 
@@ -932,11 +958,13 @@ def open_store(experiment):
     quieten_mlflow()
 
     uri = mlflow.get_tracking_uri()
+    # Once it is open, wait about a minute for a server that restarts.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "5")
     try:
         with impatient_requests(), one_process_at_a_time(uri):
             return mlflow.set_experiment(experiment).experiment_id
     except Exception as error:
-        message = f"start, unlock or free the store {uri}: {error}"
+        message = f"cannot open the store {uri} (is it down, locked or full?): {error}"
         raise UserError(message) from error
 
 
@@ -954,8 +982,7 @@ def quieten_mlflow():
 
 @contextmanager
 def impatient_requests():
-    """Let a server that does not answer fail after seconds; later on, wait a minute for it."""
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "5")
+    """Let requests fail after seconds if the server does not answer, instead of minutes."""
     settings = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
     before = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)
@@ -981,7 +1008,7 @@ def one_process_at_a_time(uri):
 
 
 def where_to_look(experiment_id, order_by="attributes.start_time"):
-    """Return the lines that say how to open the runs of an experiment, the greatest first."""
+    """Return how to see the runs of an experiment in the MLflow UI, the highest first."""
     uri = mlflow.get_tracking_uri()
     page = f"#/experiments/{experiment_id}/runs?workflowType=machine_learning"
     page += f"&orderByKey={quote(order_by)}&orderByAsc=false"
@@ -991,14 +1018,14 @@ def where_to_look(experiment_id, order_by="attributes.start_time"):
     return f"Look:  {command}\n       then open http://127.0.0.1:5000/{page}"
 
 
-def next_command(script, *options, args):
-    """Return the line that says how to go on with another script, on the same data and metric."""
+def command_line(script, *options, args):
+    """Return the command that starts a script of this folder on the same data and metric."""
+    command = ["python", str(Path(sys.argv[0]).with_name(script)), *options]
     if args.csv is not None:
-        options += ("--csv", args.csv, "--target", args.target)
+        command += ["--csv", args.csv, "--target", args.target]
     if args.metric != "accuracy":
-        options += ("--metric", args.metric)
-    path = Path(sys.argv[0]).with_name(script)
-    return "Next:  " + shlex.join(["python", str(path), *options])
+        command += ["--metric", args.metric]
+    return shlex.join(command)
 
 
 def hide_secrets(uri):
@@ -1012,12 +1039,12 @@ def hide_secrets(uri):
 
 
 def run_as_program(main):
-    """Run `main` and return the exit code; print what the user can mend in one line.
+    """Run `main` and return an exit code; errors that the user can fix become one line on stderr.
 
     0: done. 1: refused. 2: bad input, or a store that fails. 130: Ctrl-C. An unexpected error
     keeps its traceback.
     """
-    signal.signal(signal.SIGINT, interrupt_outside_mlflow)
+    signal.signal(signal.SIGINT, interrupt_after_mlflow_call)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # "?" for a letter that the terminal cannot show
     try:
@@ -1039,10 +1066,10 @@ def run_as_program(main):
     return code
 
 
-def interrupt_outside_mlflow(signal_number, frame):
-    """Let Ctrl-C stop the program, but never in the middle of a write of MLflow's.
+def interrupt_after_mlflow_call(signal_number, frame):
+    """Let Ctrl-C stop the program, but only after a call of MLflow that is under way.
 
-    Such a write is finished first, so that no run is left RUNNING and no database locked.
+    Otherwise, a write that is cut short leaves a run RUNNING, or the database locked.
     """
     while frame is not None:
         if frame.f_globals.get("__name__", "").split(".")[0] == "mlflow":
