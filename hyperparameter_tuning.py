@@ -25,9 +25,10 @@ It leaves this in the store (sqlite:///mlflow.db, or MLFLOW_TRACKING_URI where t
 #     "numpy>=1.26,<2.5",
 # ]
 # ///
-# These bring along joblib, matplotlib, scipy, skops, sqlalchemy and threadpoolctl.
+# These bring along joblib, matplotlib, scipy, skops and threadpoolctl.
 
 import logging
+import multiprocessing
 import os
 import re
 import shlex
@@ -48,7 +49,6 @@ from urllib.parse import quote, unquote
 import mlflow
 import numpy as np
 import pandas as pd
-import sqlalchemy
 from joblib import Parallel, delayed, parallel_config
 from matplotlib.figure import Figure
 from sklearn.compose import make_column_transformer
@@ -60,7 +60,6 @@ from sklearn.metrics import (
     accuracy_score,
     balanced_accuracy_score,
     f1_score,
-    make_scorer,
     precision_score,
     recall_score,
 )
@@ -203,12 +202,13 @@ def describe_search(grid, metric, n_folds, seed, train):
     }
 
 
-def unfinished_trials(search_id, trials, settings):
+def unfinished_trials(search_id, trials, settings, quiet_minutes=5):
     """Return the trials that an interrupted search still has to run.
 
     These are the trials that were never logged, and those that failed. A trial whose logging was
     cut short is deleted, and runs again. Raises UserError if the run is not an unfinished search
-    with these settings.
+    with these settings, or if it may still run somewhere else: it is RUNNING, and has logged a
+    trial in the last `quiet_minutes`.
     """
     search = mlflow.get_run(search_id)
     same = settings.items() <= search.data.params.items()
@@ -220,6 +220,12 @@ def unfinished_trials(search_id, trials, settings):
         f"tags.mlflow.parentRunId = '{search_id}'",
         output_format="list",
     )
+    last_start = max(run.info.start_time for run in [search, *children]) / 1000
+    if search.info.status == "RUNNING" and time.time() - last_start < 60 * quiet_minutes:
+        raise UserError(
+            f"{search_id} may still run elsewhere; if not, try again in {quiet_minutes} minutes"
+        )
+
     finished = set()
     for child in children:
         if child.info.status == "RUNNING":
@@ -250,15 +256,29 @@ def start_trials(trials, train, metric, score, n_folds, seed):
         delayed(try_trial)(name, trials[name], train.X, train.y, **options)
         for name in reversed(trials)
     ]
-    # The workers inherit this. On Ctrl-C they say nothing: this process stops them.
-    ctrl_c = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    results = Parallel(n_jobs=-1, return_as="generator_unordered")(tasks)
-    signal.signal(signal.SIGINT, ctrl_c)
-    try:
+    with run_in_parallel(tasks, "generator_unordered") as results:
         yield results
-    finally:
-        with warnings.catch_warnings(action="ignore"):
-            # joblib warns about trials that it gives up, and on a machine without `pgrep`.
+
+
+@contextmanager
+def run_in_parallel(tasks, return_as):
+    """Run joblib's tasks on all cores, and yield a generator of their results.
+
+    At the end of the `with` block, what still runs is stopped.
+    """
+    # The workers inherit this. They leave Ctrl-C to this process, which stops them.
+    ctrl_c = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    results = Parallel(n_jobs=-1, return_as=return_as)(tasks)
+    signal.signal(signal.SIGINT, ctrl_c)
+    # On a machine without psutil and `pgrep`, joblib stops its workers by a method that they lack.
+    for worker in multiprocessing.active_children():
+        worker.kill = worker.terminate
+    with warnings.catch_warnings():
+        # There, and wherever tasks are given up, joblib warns.
+        warnings.filterwarnings("ignore", module="joblib")
+        try:
+            yield results
+        finally:
             results.close()
 
 
@@ -279,7 +299,10 @@ def run_trial(params, X, y, metric, score, n_folds, seed):
     """
     folds = StratifiedKFold(n_folds, shuffle=True, random_state=seed)
     model = make_forest(params, X, seed)
-    scorer = make_scorer(score)
+
+    def scorer(fitted, X, y):
+        return score(y, fitted.predict(X))
+
     # One core per trial, even if the caller has selected another joblib backend, such as Dask.
     with parallel_config("sequential"):
         results = cross_validate(model, X, y, cv=folds, scoring=scorer, error_score="raise")
@@ -584,6 +607,8 @@ def check_features(features):
 
 def make_rows(X, y, name):
     """Return Rows with an MLflow data set of this name."""
+    # MLflow looks for the commit of this file. Without git on the machine, it prints much advice.
+    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
     table = pd.concat([X, y], axis="columns")
     return Rows(X, y, mlflow.data.from_pandas(table, targets=y.name, name=name))
 
@@ -677,8 +702,6 @@ def quieten_mlflow():
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    # Without git on the machine, MLflow's search for the commit prints a page of advice.
-    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
 
 
 @contextmanager
@@ -730,13 +753,12 @@ def command_line(script, *options, args):
 
 
 def hide_secrets(uri):
-    """Return the address of a store without user, password, token and options."""
-    if "://" not in uri or uri.startswith("sqlite:"):
+    """Return the address of a store without its user, password, token and options."""
+    scheme, mark, rest = uri.partition("://")
+    if not mark or scheme == "sqlite":
         return uri
-    url = sqlalchemy.make_url(uri).set(query={})
-    if url.username or url.password:
-        url = url.set(username="USER", password="PASSWORD")
-    return url.render_as_string(hide_password=False)
+    login, at, place = rest.partition("?")[0].rpartition("@")
+    return f"{scheme}://USER:PASSWORD@{place}" if at else f"{scheme}://{place}"
 
 
 def run_as_program(main):

@@ -29,10 +29,11 @@ It leaves this in the store (sqlite:///mlflow.db, or MLFLOW_TRACKING_URI where t
 #     "numpy>=1.26,<2.5",
 # ]
 # ///
-# These bring along joblib, matplotlib, scipy, skops, sqlalchemy and threadpoolctl.
+# These bring along joblib, matplotlib, scipy, skops and threadpoolctl.
 
 import ast
 import logging
+import multiprocessing
 import os
 import re
 import shlex
@@ -55,7 +56,6 @@ from urllib.parse import quote, unquote
 import mlflow
 import numpy as np
 import pandas as pd
-import sqlalchemy
 from joblib import Parallel, delayed
 from matplotlib.figure import Figure
 from scipy import stats
@@ -254,16 +254,30 @@ def start_scoring(candidates, folds, train, metrics):
         for fold in folds:
             tasks.append(delayed(attempt)(score_fold, model, train.X, train.y, fold, metrics))
         tasks.append(delayed(attempt)(model.fit, train.X, train.y))
-    # The workers inherit this. On Ctrl-C they say nothing: this process stops them.
-    ctrl_c = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    outcomes = Parallel(n_jobs=-1, return_as="generator")(tasks)
-    signal.signal(signal.SIGINT, ctrl_c)
-    try:
+    with run_in_parallel(tasks, "generator") as outcomes:
         yield (collect_result(name, outcomes, len(folds)) for name in candidates)
-    finally:
-        with warnings.catch_warnings(action="ignore"):
-            # joblib warns about folds that it gives up, and on a machine without `pgrep`.
-            outcomes.close()
+
+
+@contextmanager
+def run_in_parallel(tasks, return_as):
+    """Run joblib's tasks on all cores, and yield a generator of their results.
+
+    At the end of the `with` block, what still runs is stopped.
+    """
+    # The workers inherit this. They leave Ctrl-C to this process, which stops them.
+    ctrl_c = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    results = Parallel(n_jobs=-1, return_as=return_as)(tasks)
+    signal.signal(signal.SIGINT, ctrl_c)
+    # On a machine without psutil and `pgrep`, joblib stops its workers by a method that they lack.
+    for worker in multiprocessing.active_children():
+        worker.kill = worker.terminate
+    with warnings.catch_warnings():
+        # There, and wherever tasks are given up, joblib warns.
+        warnings.filterwarnings("ignore", module="joblib")
+        try:
+            yield results
+        finally:
+            results.close()
 
 
 def attempt(function, *args):
@@ -393,7 +407,9 @@ def log_probabilities(models, scores, rope, risk, n_folds):
         above = probabilities(scores[name] - scores["baseline"], 0, n_folds)["p_better"]
         p["p_above_baseline"] = above
         mlflow.log_metrics(p, run_id=model.source_run_id)
-        verdict = "the best" if name == best else say_verdict(p, risk)
+        verdict = say_verdict(p, risk)
+        if name == best and above >= 1 - risk:
+            verdict = "the best"
         mlflow.MlflowClient().set_tag(model.source_run_id, "verdict", verdict)
 
 
@@ -536,9 +552,11 @@ def draw_differences(axes, scores, names, metric, rope, n_folds):
             axes.plot([low, high], [name, name], color="tab:blue", linewidth=3)
             axes.plot(posterior.mean(), name, "o", color="tab:blue", markersize=9)
     axes.axvspan(-rope, rope, color="tab:green", alpha=0.15)
+    axes.margins(y=0.15)
     axes.invert_yaxis()
-    axes.set(xlabel=f"Difference in {metric} from the best (95 % interval)")
-    axes.set_title("Differences in the green band do not matter")
+    axes.locator_params(axis="x", nbins=5)
+    axes.set(xlabel=f"{metric} minus that of the best")
+    axes.set_title("95 % intervals: in the green band,\na difference does not matter")
 
 
 def draw_costs(axes, results, metric):
@@ -550,11 +568,15 @@ def draw_costs(axes, results, metric):
     front = score > score.cummax().shift(fill_value=-np.inf)
     axes.plot(latency, score, "o", color="lightgray", markersize=9)
     axes.plot(latency[front], score[front], "o--", color="tab:blue", markersize=9)
+    # Names start or end at their points, so that they stay inside of the axes.
+    middle = (latency.min() + latency.max()) / 2
     for name, x, y in zip(points["tags.mlflow.runName"], latency, score, strict=True):
-        axes.annotate(name, (x, y), (0, 10), textcoords="offset points", ha="center")
-    axes.margins(0.3)
+        side = "left" if x < middle else "right"
+        axes.annotate(name, (x, y), (0, 8), textcoords="offset points", ha=side)
+    axes.margins(0.15)
+    axes.set_xlim(left=0)
     axes.set(xlabel="Latency of one row, median (ms)", ylabel=f"Cross-validated {metric}")
-    axes.set_title("Blue: no other is both better and faster")
+    axes.set_title("Blue: no other model is\nboth better and faster")
 
 
 def draw_confusion(axes, y, predicted, title):
@@ -563,12 +585,16 @@ def draw_confusion(axes, y, predicted, title):
     counts = confusion_matrix(y, predicted, labels=classes)
     shares = counts / counts.sum(axis=1, keepdims=True)
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    # Many classes need small letters; empty cells stay empty, so that errors catch the eye.
+    size = min(10, 80 / len(classes))
     for (row, column), count in np.ndenumerate(counts):
-        share = shares[row, column]
-        color = "white" if share > 0.5 else "black"
-        text = f"{count}\n{share:.0%}"
-        axes.text(column, row, text, ha="center", va="center", color=color)
-    axes.set_xticks(range(len(classes)), classes)
+        if count > 0:
+            share = shares[row, column]
+            color = "white" if share > 0.5 else "black"
+            text = f"{count}\n{share:.0%}"
+            axes.text(column, row, text, ha="center", va="center", color=color, fontsize=size)
+    rotation = 90 if sum(map(len, classes)) > 30 else 0
+    axes.set_xticks(range(len(classes)), classes, rotation=rotation)
     axes.set_yticks(range(len(classes)), classes)
     axes.set(xlabel="Predicted class", ylabel="True class")
     axes.set_title(title)
@@ -734,6 +760,8 @@ def check_features(features):
 
 def make_rows(X, y, name):
     """Return Rows with an MLflow data set of this name."""
+    # MLflow looks for the commit of this file. Without git on the machine, it prints much advice.
+    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
     table = pd.concat([X, y], axis="columns")
     return Rows(X, y, mlflow.data.from_pandas(table, targets=y.name, name=name))
 
@@ -827,8 +855,6 @@ def quieten_mlflow():
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    # Without git on the machine, MLflow's search for the commit prints a page of advice.
-    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
 
 
 @contextmanager
@@ -880,13 +906,12 @@ def command_line(script, *options, args):
 
 
 def hide_secrets(uri):
-    """Return the address of a store without user, password, token and options."""
-    if "://" not in uri or uri.startswith("sqlite:"):
+    """Return the address of a store without its user, password, token and options."""
+    scheme, mark, rest = uri.partition("://")
+    if not mark or scheme == "sqlite":
         return uri
-    url = sqlalchemy.make_url(uri).set(query={})
-    if url.username or url.password:
-        url = url.set(username="USER", password="PASSWORD")
-    return url.render_as_string(hide_password=False)
+    login, at, place = rest.partition("?")[0].rpartition("@")
+    return f"{scheme}://USER:PASSWORD@{place}" if at else f"{scheme}://{place}"
 
 
 def run_as_program(main):

@@ -30,7 +30,7 @@ Exit code 0: promoted, or rolled back. 1: refused. 2: bad input, or a store that
 #     "numpy>=1.26,<2.5",
 # ]
 # ///
-# These bring along joblib, matplotlib, scipy, skops, sqlalchemy and threadpoolctl.
+# These bring along joblib, matplotlib, scipy, skops and threadpoolctl.
 
 import logging
 import os
@@ -56,7 +56,6 @@ from urllib.parse import quote, unquote
 import mlflow
 import numpy as np
 import pandas as pd
-import sqlalchemy
 from matplotlib.figure import Figure
 from mlflow.models import EvaluationResult, MetricThreshold, Model
 from sklearn.compose import make_column_transformer
@@ -399,12 +398,16 @@ def draw_confusion(axes, y, predicted, title):
     counts = confusion_matrix(y, predicted, labels=classes)
     shares = counts / counts.sum(axis=1, keepdims=True)
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    # Many classes need small letters; empty cells stay empty, so that errors catch the eye.
+    size = min(10, 80 / len(classes))
     for (row, column), count in np.ndenumerate(counts):
-        share = shares[row, column]
-        color = "white" if share > 0.5 else "black"
-        text = f"{count}\n{share:.0%}"
-        axes.text(column, row, text, ha="center", va="center", color=color)
-    axes.set_xticks(range(len(classes)), classes)
+        if count > 0:
+            share = shares[row, column]
+            color = "white" if share > 0.5 else "black"
+            text = f"{count}\n{share:.0%}"
+            axes.text(column, row, text, ha="center", va="center", color=color, fontsize=size)
+    rotation = 90 if sum(map(len, classes)) > 30 else 0
+    axes.set_xticks(range(len(classes)), classes, rotation=rotation)
     axes.set_yticks(range(len(classes)), classes)
     axes.set(xlabel="Predicted class", ylabel="True class")
     axes.set_title(title)
@@ -883,6 +886,8 @@ def check_features(features):
 
 def make_rows(X, y, name):
     """Return Rows with an MLflow data set of this name."""
+    # MLflow looks for the commit of this file. Without git on the machine, it prints much advice.
+    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
     table = pd.concat([X, y], axis="columns")
     return Rows(X, y, mlflow.data.from_pandas(table, targets=y.name, name=name))
 
@@ -976,8 +981,6 @@ def quieten_mlflow():
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    # Without git on the machine, MLflow's search for the commit prints a page of advice.
-    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
 
 
 @contextmanager
@@ -1029,13 +1032,12 @@ def command_line(script, *options, args):
 
 
 def hide_secrets(uri):
-    """Return the address of a store without user, password, token and options."""
-    if "://" not in uri or uri.startswith("sqlite:"):
+    """Return the address of a store without its user, password, token and options."""
+    scheme, mark, rest = uri.partition("://")
+    if not mark or scheme == "sqlite":
         return uri
-    url = sqlalchemy.make_url(uri).set(query={})
-    if url.username or url.password:
-        url = url.set(username="USER", password="PASSWORD")
-    return url.render_as_string(hide_password=False)
+    login, at, place = rest.partition("?")[0].rpartition("@")
+    return f"{scheme}://USER:PASSWORD@{place}" if at else f"{scheme}://{place}"
 
 
 def run_as_program(main):

@@ -13,6 +13,7 @@ import mlflow
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # a test may import a script, and call a step or its main
 # A shell in the background has Ctrl-C ignored, by what it starts as well: not by these tests.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 SCRIPTS = ("hyperparameter_tuning.py", "model_comparison.py", "production_deployment.py")
@@ -21,7 +22,8 @@ SOON = 30  # seconds, for what takes 10 at the most: the machine may be slow, an
 
 def user_env(**extra):
     """Return the environment of a user: this one without MLflow's settings, which tests may set."""
-    env = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW")}
+    own = ("MLFLOW", "GIT_PYTHON")  # a script that a test imports may have set some of these
+    env = {key: value for key, value in os.environ.items() if not key.startswith(own)}
     # The commands that the guide prints (mlflow …, python …) are those of this environment.
     env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
     return env | extra
@@ -35,6 +37,7 @@ def run(script, *args, cwd, timeout=120, **env):
         env=user_env(**env),
         capture_output=True,
         text=True,
+        encoding=env.get("PYTHONIOENCODING"),
         timeout=timeout,
         stdin=subprocess.DEVNULL,
     )
@@ -47,7 +50,7 @@ class Code(str):
 
 
 def edited(folder, script, **settings):
-    """Write a copy of a script into the folder, with other settings at its top; return its path."""
+    """Write a copy of a script into the folder, with other settings or functions at its end."""
     text = (ROOT / script).read_text()
     lines = "".join(f"{name} = {value!r}\n" for name, value in settings.items())
     assert (end := "\n\n# The rest is the same") in text
@@ -75,14 +78,18 @@ def store(folder):
 
 
 def printed_table(text):
-    """Return the table that the comparison prints: {candidate: {row: text}}."""
+    """Return the table that the comparison prints: {model: {column: text}}."""
     lines = text.splitlines()
-    start = next(i for i, line in enumerate(lines) if line.startswith("cv_accuracy "))
-    rows = [line.split(maxsplit=1) for line in lines[start : lines.index("", start)]]
-    names, table = lines[start - 1].split(), {}
-    for key, values in rows:
-        table[key] = re.split(r"\s{2,}", values.strip())
-    return {name: {key: cells[i] for key, cells in table.items()} for i, name in enumerate(names)}
+    start = next(i for i, line in enumerate(lines) if line.split()[:1] == ["model"])
+    # All columns are flush right, so each ends where its name ends. One name has spaces in it.
+    names = [*re.finditer("against the best|[^ ]+", lines[start])]
+    table = {}
+    for line in lines[start + 1 : lines.index("", start)]:
+        row = {}
+        for left, name in zip([None, *names], names, strict=False):
+            row[name[0]] = line[left.end() if left else 0 : name.end()].strip()
+        table[row.pop("model")] = row
+    return table
 
 
 def children(parent):
@@ -117,6 +124,6 @@ def main_job(tmp_path_factory):
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not printed.exists():
             folder.mkdir()
-            sessions = [[run(script, cwd=folder) for script in SCRIPTS] for _ in range(2)]
+            sessions = [[run(s, cwd=folder, timeout=600) for s in SCRIPTS] for _ in range(2)]
             printed.write_bytes(pickle.dumps(sessions))
     return folder, pickle.loads(printed.read_bytes())

@@ -1,8 +1,6 @@
 """The main job: three scripts in an empty folder, twice; is what they print and leave true?"""
 
-import ast
 import contextlib
-import io
 import re
 import shutil
 import socket
@@ -10,9 +8,9 @@ import sqlite3
 import subprocess
 import sys
 from pathlib import Path
-from tokenize import COMMENT, DEDENT, ENCODING, ENDMARKER, INDENT, NEWLINE, NL, tokenize
 
 import mlflow
+import numpy as np
 import pytest
 from conftest import (
     ROOT,
@@ -31,9 +29,12 @@ from conftest import (
 )
 from sklearn.datasets import load_breast_cancer
 from sklearn.ensemble import HistGradientBoostingClassifier, RandomForestClassifier
-from sklearn.kernel_approximation import Nystroem
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import accuracy_score, precision_recall_fscore_support
+from sklearn.metrics import (
+    accuracy_score,
+    balanced_accuracy_score,
+    precision_recall_fscore_support,
+)
 from sklearn.model_selection import (
     ParameterGrid,
     StratifiedKFold,
@@ -42,21 +43,26 @@ from sklearn.model_selection import (
 )
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from sklearn.svm import LinearSVC
+from sklearn.svm import SVC
 from threadpoolctl import threadpool_limits
 
 NAME = "breast-cancer-classifier"
+EXPERIMENTS = ("hyperparameter-tuning", "model-comparison", "production-deployment")
 GRID = {
     "max_depth": [1, 3, 9],
     "max_features": [0.1, 0.3, 0.9],
     "n_estimators": [20, 100, 300],
 }
+# The simplest stands first: of equal scores the first one wins.
 CANDIDATES = {
-    "random_forest": RandomForestClassifier(random_state=42),
-    "gradient_boosting": HistGradientBoostingClassifier(random_state=42),
     "logistic_regression": LogisticRegression(max_iter=1000),
-    "svm": make_pipeline(Nystroem(random_state=42), LinearSVC(random_state=42)),
+    "svm": SVC(random_state=42),
+    "gradient_boosting": HistGradientBoostingClassifier(random_state=42),
+    "random_forest": RandomForestClassifier(random_state=42),
 }
+SCORES = ("accuracy", "balanced_accuracy", "f1", "precision", "recall")
+TEST_SCORES = {f"test_{name}" for name in SCORES}
+CV_SCORES = {f"cv_{name}" for name in SCORES} | {f"cv_{name}_std" for name in SCORES}
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +71,21 @@ def rows():
     data = load_breast_cancer(as_frame=True)
     labels = data.target.map({0: "malignant", 1: "benign"})
     return train_test_split(data.data, labels, test_size=0.2, stratify=labels, random_state=42)
+
+
+@pytest.fixture(scope="module")
+def refitted(main_job, rows):
+    """The models that the store should hold, by the name of their run: fitted on training rows."""
+    store(main_job[0])
+    (search, *_) = parents("hyperparameter-tuning")
+    best = {name: type(GRID[name][0])(search.data.params[f"best_{name}"]) for name in GRID}
+    models = CANDIDATES | {
+        "grid-search": RandomForestClassifier(**best, random_state=42),
+        "deployment": CANDIDATES["logistic_regression"],
+    }
+    X_train, _, y_train, _ = rows
+    with threadpool_limits(1):  # threads that wait for a busy core take most of its time
+        return {name: scaled(model).fit(X_train, y_train) for name, model in models.items()}
 
 
 def close(value):
@@ -85,6 +106,16 @@ def models_of(run_):
     return [mlflow.get_logged_model(output.model_id) for output in run_.outputs.model_outputs]
 
 
+def all_models():
+    """Return every model in the store, by any script."""
+    experiments = [experiment.experiment_id for experiment in mlflow.search_experiments()]
+    return mlflow.search_logged_models(experiments, output_format="list")
+
+
+def files_of(run_):
+    return {file.path for file in mlflow.artifacts.list_artifacts(run_id=run_.info.run_id)}
+
+
 def test_the_three_scripts_succeed_in_silence(main_job):
     for processes in main_job[1]:
         for process in processes:
@@ -92,33 +123,33 @@ def test_the_three_scripts_succeed_in_silence(main_job):
 
 
 def test_the_store_holds_what_is_promised_and_no_more(main_job):
+    """Two sessions of each script, each trial and candidate a child run, and their files."""
     folder, _ = main_job
     store(folder)
     experiments = {experiment.name for experiment in mlflow.search_experiments()}
-    assert experiments == {
-        "Default",
-        "hyperparameter-tuning",
-        "model-comparison",
-        "production-deployment",
-    }
+    assert experiments == {"Default", *EXPERIMENTS}
     assert parents("Default") == []
     names = {f"trial-{number:04}" for number in range(1, 28)}
     for search in parents("hyperparameter-tuning"):
         trials = children(search)
         assert set(trials) == names and len(models_of(search)) == 1
+        assert files_of(search) == {"grid.html", "search.png"}
         for trial in trials.values():
             assert trial.info.status == "FINISHED" and trial.outputs.model_outputs == []
             assert set(trial.data.params) == set(GRID)
             assert set(trial.data.metrics) == {"cv_accuracy", "cv_accuracy_std", "fit_seconds"}
-    scores = {"accuracy", "f1", "precision", "recall"}
     for comparison in parents("model-comparison"):
         candidates = children(comparison)
         assert set(candidates) == set(CANDIDATES)
+        assert files_of(comparison) == {"comparison.csv", "comparison.png", "folds.csv"}
         for candidate in candidates.values():
             assert candidate.info.status == "FINISHED" and len(models_of(candidate)) == 1
-            assert candidate.data.metrics.keys() >= scores | {f"cv_{name}" for name in scores}
-            assert "fit_seconds" in candidate.data.metrics
-    for experiment in experiments - {"Default"}:
+            assert {key for key in candidate.data.metrics if key.startswith("test_")} == TEST_SCORES
+            assert candidate.data.metrics.keys() > {"fit_seconds", "latency_ms_p50"} | CV_SCORES
+    for deployment in parents("production-deployment"):
+        assert children(deployment) == {} and len(models_of(deployment)) == 1
+        assert files_of(deployment) == {"gate.png", "deployment_guide.md"}
+    for experiment in EXPERIMENTS:
         sessions = parents(experiment)
         assert len(sessions) == 2
         assert all(session.info.status == "FINISHED" for session in sessions)
@@ -127,25 +158,32 @@ def test_the_store_holds_what_is_promised_and_no_more(main_job):
 def test_every_model_gives_its_logged_hold_out_accuracy_again(main_job, rows):
     store(main_job[0])
     _, X_test, _, y_test = rows
-    logged = mlflow.search_logged_models(
-        [experiment.experiment_id for experiment in mlflow.search_experiments()],
-        output_format="list",
-    )
+    logged = all_models()
     assert len(logged) == 2 * (1 + 4 + 1)
     for model in logged:
         metrics = {metric.key: metric for metric in model.metrics}
-        metric = metrics.get("test_accuracy") or metrics["accuracy"]
-        assert metric.dataset_name == "breast-cancer-test"
+        name = (metrics.keys() & {"test_accuracy", "score"}).pop()
+        assert metrics[name].dataset_name == "breast-cancer-test"
         predicted = mlflow.pyfunc.load_model(model.model_uri).predict(X_test)
-        assert metric.value == close(accuracy_score(y_test, predicted))
+        assert metrics[name].value == close(accuracy_score(y_test, predicted))
+
+
+def test_every_model_has_learned_from_the_training_rows_and_no_others(main_job, rows, refitted):
+    """Each is what the same estimator becomes, refitted on these rows: equal on every row."""
+    store(main_job[0])
+    X_train, X_test, _, _ = rows
+    for model in all_models():
+        expected = refitted[mlflow.get_run(model.source_run_id).info.run_name]
+        loaded = mlflow.sklearn.load_model(model.model_uri)
+        outputs = "decision_function" if hasattr(expected, "decision_function") else "predict_proba"
+        for X in (X_train, X_test):
+            assert np.allclose(getattr(loaded, outputs)(X), getattr(expected, outputs)(X))
+            assert list(loaded.predict(X)) == list(expected.predict(X))
 
 
 def test_every_model_is_safe_to_load_and_ready_to_serve(main_job):
     store(main_job[0])
-    for model in mlflow.search_logged_models(
-        [experiment.experiment_id for experiment in mlflow.search_experiments()],
-        output_format="list",
-    ):
+    for model in all_models():
         info = mlflow.models.get_model_info(model.model_uri)
         assert model.name == "model"
         assert info.flavors["sklearn"]["serialization_format"] == "skops"
@@ -158,7 +196,7 @@ def test_every_model_is_safe_to_load_and_ready_to_serve(main_job):
         assert packages >= {"mlflow", "scikit-learn", "skops", "pandas", "numpy"}
 
 
-def test_tuning_scores_are_those_of_scikit_learn_and_the_best_wins(main_job, rows):
+def test_tuning_scores_are_those_of_scikit_learn_and_the_best_wins(main_job, rows, refitted):
     folder, sessions = main_job
     store(folder)
     X_train, X_test, y_train, y_test = rows
@@ -177,16 +215,15 @@ def test_tuning_scores_are_those_of_scikit_learn_and_the_best_wins(main_job, row
         params, metrics = search.data.params, search.data.metrics
         assert {key: params[f"best_{key}"] for key in GRID} == best.params
         assert metrics["best_cv_accuracy"] == best.metrics["cv_accuracy"]
-        best_params = grid[int(ranked[0][0][-4:]) - 1]
-        model = scaled(RandomForestClassifier(**best_params, random_state=42))
-        score = model.fit(X_train, y_train).score(X_test, y_test)
+        score = refitted["grid-search"].score(X_test, y_test)
         assert metrics["test_accuracy"] == close(score)
 
         printed = processes[0].stdout
         for number, (name, trial) in enumerate(sorted(trials.items())):
             score = "{cv_accuracy:.4f} ± {cv_accuracy_std:.4f}".format(**trial.data.metrics)
-            line = re.escape(f"{name}  accuracy {score}  {grid[number]}")
-            assert re.search(rf"^ *\d+/27 .* s left {line}$", printed, re.M)
+            values = ", ".join(f"{name}={value}" for name, value in grid[number].items())
+            line = re.escape(f"{name}  accuracy {score}  {values}")
+            assert re.search(rf"^ *\d+/27 .* s left  {line}$", printed, re.M)
         # The time left: that of the trials so far, for as many as are left (here after 14 of 27).
         left = [int(seconds) for seconds in re.findall(r"^ *\d+/27 +(\d+) s left", printed, re.M)]
         half = sorted(trial.info.end_time for trial in trials.values())[13] - search.info.start_time
@@ -194,14 +231,16 @@ def test_tuning_scores_are_those_of_scikit_learn_and_the_best_wins(main_job, row
         assert abs(left[13] - half / 1000 * 13 / 14) < 3
         table = printed.split("The five best of 27")[1].split("\n")[2:7]
         for line, (name, trial) in zip(table, ranked[:5], strict=True):
-            keys = ("cv_accuracy", "cv_accuracy_std", "fit_seconds")
-            numbers = [f"{trial.data.metrics[key]:.4f}" for key in keys]
-            assert line.split() == [name, *numbers, *(trial.data.params[key] for key in GRID)]
-        assert f"Hold-out accuracy: {metrics['test_accuracy']:.4f}\n" in printed
-        assert f"Best parameters:   {best_params}\n" in printed
+            score = "{cv_accuracy:.4f} ± {cv_accuracy_std:.4f}".format(**trial.data.metrics)
+            fit = f"{trial.data.metrics['fit_seconds']:.3f} s"
+            values = [trial.data.params[key] for key in GRID]
+            assert line.split() == [name, *score.split(), *fit.split(), *values]
+        values = ", ".join(f"{name}={params[f'best_{name}']}" for name in GRID)
+        assert re.search(rf"^Best parameters +{re.escape(values)}$", printed, re.M)
+        assert re.search(rf"^Hold-out .*{metrics['test_accuracy']:.4f}$", printed, re.M)
         share = (y_test == "benign").mean()
         assert metrics["baseline_test_accuracy"] == close(share)
-        assert f"always the most frequent class: {share:.4f}\n" in printed
+        assert re.search(rf"^Baseline .*{share:.4f}\b", printed, re.M)
 
 
 def test_tuning_logs_each_trial_as_soon_as_it_has_finished(main_job):
@@ -211,26 +250,35 @@ def test_tuning_logs_each_trial_as_soon_as_it_has_finished(main_job):
         assert ends[13] - ends[0] > 0.2 * (search.info.end_time - search.info.start_time)
 
 
-def test_comparison_scores_are_those_of_scikit_learn(main_job, rows):
+def test_comparison_scores_are_those_of_scikit_learn(main_job, rows, refitted):
+    """On the hold-out, in the store and in print; the folds are the business of another file."""
     folder, sessions = main_job
     store(folder)
-    X_train, X_test, y_train, y_test = rows
+    _, X_test, _, y_test = rows
     for comparison, processes in zip(parents("model-comparison"), sessions, strict=True):
         candidates = children(comparison)
-        for name, model in CANDIDATES.items():
-            metrics = candidates[name].data.metrics
-            with threadpool_limits(1):  # threads that wait for a busy core take most of its time
-                predicted = scaled(model).fit(X_train, y_train).predict(X_test)
+        table = printed_table(processes[1].stdout)
+        assert set(table) == set(CANDIDATES)
+        for name in CANDIDATES:
+            metrics, printed = candidates[name].data.metrics, table[name]
+            predicted = refitted[name].predict(X_test)
             macro = precision_recall_fscore_support(y_test, predicted, average="macro")
-            assert metrics["accuracy"] == close(accuracy_score(y_test, predicted))
+            assert metrics["test_accuracy"] == close(accuracy_score(y_test, predicted))
+            expected = balanced_accuracy_score(y_test, predicted)
+            assert metrics["test_balanced_accuracy"] == close(expected)
             for key, value in zip(("precision", "recall", "f1"), macro, strict=False):
-                assert metrics[key] == close(value)
-            table = printed_table(processes[1].stdout)
-            for key in ("accuracy", "f1", "precision", "recall"):
-                assert table[name][key] == f"{metrics[key]:.4f}"
-        ranked = sorted(candidates, key=lambda n: (-candidates[n].data.metrics["cv_accuracy"], n))
-        assert comparison.data.params["best_model"] == ranked[0]
-        assert re.search(rf"Best model, .*: {ranked[0]}\b", processes[1].stdout)
+                assert metrics[f"test_{key}"] == close(value)
+                assert printed[key] == f"{metrics[f'cv_{key}']:.4f}"
+            score = "{cv_accuracy:.4f} ± {cv_accuracy_std:.4f}".format(**metrics)
+            assert printed["accuracy"] == score
+            assert printed["hold-out"] == f"{metrics['test_accuracy']:.4f}"
+            assert printed["against the best"] == candidates[name].data.tags["verdict"]
+        # The sort is stable: of equal scores, the one that is listed first stays first.
+        ranked = sorted(CANDIDATES, key=lambda n: -candidates[n].data.metrics["cv_accuracy"])
+        assert comparison.data.params["best_model"] == ranked[0] == next(iter(table))
+        assert list(table) == ranked
+        assert re.search(rf"^Best +{ranked[0]}\b", processes[1].stdout, re.M)
+        assert max(map(len, processes[1].stdout.split("\n\n")[1].split("\n"))) <= 120
 
 
 def test_the_second_session_gives_the_same_answers(main_job):
@@ -239,13 +287,18 @@ def test_the_second_session_gives_the_same_answers(main_job):
     (first, _, third), (fourth, _, sixth) = main_job[1]
     pattern = re.compile(r"(trial-\d+  accuracy [\d.]+ ± [\d.]+)")
     assert sorted(pattern.findall(first.stdout)) == sorted(pattern.findall(fourth.stdout))
-    for one, two in ((first, fourth), (third, sixth)):
-        for word in ("Hold-out accuracy", "Best parameters", "   accuracy"):
-            assert [x for x in one.stdout.splitlines() if x.startswith(word)] == [
-                x for x in two.stdout.splitlines() if x.startswith(word)
+    for one, two, starts in (
+        (first, fourth, ("Hold-out ", "Best parameters ", "Influence ", "At the edge ")),
+        (third, sixth, ("score ", "above_baseline ")),
+    ):
+        for start in starts:
+            lines = [
+                [line for line in text.stdout.splitlines() if line.lstrip().startswith(start)]
+                for text in (one, two)
             ]
+            assert lines[0] == lines[1] != []
     store(main_job[0])
-    for experiment in ("hyperparameter-tuning", "model-comparison", "production-deployment"):
+    for experiment in EXPERIMENTS:
         before, after = parents(experiment)
         for one, two in [(before, after), *zip_children(before, after)]:
             measured = re.compile("second|latency|size")
@@ -294,11 +347,11 @@ def test_a_model_found_elsewhere_takes_the_same_way(main_job, rows, tmp_path):
     comparison = parents("model-comparison")[0]
     candidates = children(comparison)
     X = rows[1]
-    model_id = candidates["random_forest"].outputs.model_outputs[0].model_id
+    (forest,) = models_of(candidates["random_forest"])
     for number, (candidate, uri) in enumerate(
         {
             "svm": f"runs:/{candidates['svm'].info.run_id}/model",
-            "random_forest": f"models:/{model_id}",
+            "random_forest": forest.model_uri,
         }.items(),
         3,
     ):
@@ -307,17 +360,21 @@ def test_a_model_found_elsewhere_takes_the_same_way(main_job, rows, tmp_path):
         deployed = mlflow.pyfunc.load_model(f"models:/{NAME}@production").predict(X)
         source = f"runs:/{candidates[candidate].info.run_id}/model"
         assert list(deployed) == list(mlflow.sklearn.load_model(source).predict(X))
-        tags = client.get_model_version(NAME, str(number)).tags
-        assert tags["source_run"] == candidates[candidate].info.run_id
-        linked = mlflow.get_logged_model(candidates[candidate].outputs.model_outputs[0].model_id)
-        assert {"accuracy_lost", "cv_accuracy"} <= {metric.key for metric in linked.metrics}
+        version = client.get_model_version(NAME, str(number))
+        assert version.run_id == candidates[candidate].info.run_id
+        (linked,) = models_of(candidates[candidate])
+        assert {"score", "below_production", "cv_accuracy"} <= {
+            metric.key for metric in linked.metrics
+        }
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_says_what_the_script_does_and_leaves(script, tmp_path):
-    process = run(script, "--help", cwd=tmp_path)
+    """In a terminal of Western Windows too, which cannot show the lines of the tree."""
+    process = run(script, "--help", cwd=tmp_path, PYTHONIOENCODING="cp1252")
     assert_success(process)
-    assert "It leaves this in the store" in process.stdout and "experiment" in process.stdout
+    assert "It leaves this in the store" in process.stdout
+    assert "experiment" in process.stdout and "??? " in process.stdout
     assert list(tmp_path.iterdir()) == []
 
 
@@ -327,7 +384,7 @@ def test_an_absent_tracking_server_ends_in_one_line(script, tmp_path):
         probe.bind(("127.0.0.1", 0))
         uri = f"http://127.0.0.1:{probe.getsockname()[1]}"
     process = run(script, cwd=tmp_path, timeout=SOON, MLFLOW_TRACKING_URI=uri)
-    assert_one_line(process, f"start, unlock or free the store {uri}")
+    assert_one_line(process, f"the store {uri}")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -339,16 +396,20 @@ def test_a_tracking_server_that_hangs_ends_in_one_line(tmp_path):
 
 
 def test_scripts_started_together_in_an_empty_folder_all_succeed(tmp_path):
+    """On a bare server, too: without git and pgrep. Another project's experiment is left alone."""
     edited(tmp_path, SCRIPTS[0], PARAM_GRID={"max_depth": [1, 3], "n_estimators": [5]})
-    edited(tmp_path, SCRIPTS[1], REPEATS=2)
-    edited(tmp_path, SCRIPTS[2], GATE=Code("{'accuracy': GATE['accuracy']}"))  # not the speed
+    few = Code("lambda n_rows, seed: {'forest': RandomForestClassifier(5), 'svm': SVC()}")
+    edited(tmp_path, SCRIPTS[1], REPEATS=2, make_candidates=few)
+    edited(tmp_path, SCRIPTS[2], GATE=Code("{'score': GATE['score']}"))  # not the speed
     folder = tmp_path / "empty"
     folder.mkdir()
+    bare = user_env(PATH=str(Path(sys.executable).parent), MLFLOW_EXPERIMENT_NAME="another")
+    assert shutil.which("git", path=bare["PATH"]) is None
     started = [
         subprocess.Popen(
             [sys.executable, tmp_path / script],
             cwd=folder,
-            env=user_env(),
+            env=bare,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -358,57 +419,45 @@ def test_scripts_started_together_in_an_empty_folder_all_succeed(tmp_path):
     ended = [(*process.communicate(timeout=120), process.returncode) for process in started]
     assert [(code, err) for _, err, code in ended] == [(0, "")] * 3
     store(folder)
-    for experiment, count in zip(
-        ("hyperparameter-tuning", "model-comparison", "production-deployment"),
-        (2, 4, 0),
-        strict=True,
-    ):
+    assert mlflow.get_experiment_by_name("another") is None
+    for experiment, count in zip(EXPERIMENTS, (2, 2, 0), strict=True):
         (parent,) = parents(experiment)
         runs = [parent, *children(parent).values()]
         assert len(runs) == 1 + count
         assert {one.info.status for one in runs} == {"FINISHED"}
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+# Joblib's thread that hands trials to the workers is slow, as on a busy machine: if it is stopped
+# while it has some in hand, it ends in a traceback of its own.
+SLOW = """
+import sys, time
+sys.path.insert(0, {root!r})
+from joblib.externals.loky.process_executor import _ExecutorManagerThread as Manager
+import {module} as script
+wait = Manager.wait_result_broken_or_wakeup
+def wait_longer(self):
+    result = wait(self)
+    time.sleep(0.5)
+    return result
+Manager.wait_result_broken_or_wakeup = wait_longer
+if __name__ == "__main__":
+    sys.exit(script.run_as_program(script.main))
+"""
+
+
+@pytest.mark.parametrize("script", SCRIPTS[:2])
 def test_a_store_that_cannot_be_made_ends_in_one_line(script, tmp_path):
+    """At once, while the workers are being started."""
+    driver = tmp_path / "driver.py"
+    driver.write_text(SLOW.format(root=str(ROOT), module=script.removesuffix(".py")))
     uri = f"sqlite:///{tmp_path}/absent/mlflow.db"
-    process = run(script, cwd=tmp_path, timeout=SOON, MLFLOW_TRACKING_URI=uri)
-    assert_one_line(process, f"start, unlock or free the store {uri}", "unable to open")
-    assert list(tmp_path.iterdir()) == []
+    process = run(driver, cwd=tmp_path, timeout=SOON, MLFLOW_TRACKING_URI=uri)
+    assert_one_line(process, f"the store {uri}", "unable to open")
+    assert list(tmp_path.iterdir()) == [driver]
 
 
 def test_a_locked_store_ends_in_one_line(tmp_path):
     with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db")) as other:
         other.execute("BEGIN EXCLUSIVE")
         process = run(SCRIPTS[1], cwd=tmp_path, timeout=2 * SOON)
-    assert_one_line(process, "unlock", "sqlite:///", "mlflow.db", "database is locked")
-
-
-def lines_of_code(text):
-    """Return how many lines are neither blank nor comment nor docstring nor the guide's text."""
-    layout = {COMMENT, DEDENT, ENCODING, ENDMARKER, INDENT, NEWLINE, NL}
-    tokens = [t for t in tokenize(io.BytesIO(text.encode()).readline) if t.type not in layout]
-    lines = {line for t in tokens for line in range(t.start[0], t.end[0] + 1)}
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.Module | ast.FunctionDef) and ast.get_docstring(node):
-            lines -= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "GUIDE":
-            lines -= set(range(node.lineno, node.end_lineno + 1))
-    return len(lines)
-
-
-def test_the_scripts_share_conventions_and_nothing_else():
-    """Each script stands alone; what they have in common is the same to the letter."""
-    texts = [(ROOT / script).read_text() for script in SCRIPTS]
-    start = "\n# The rest is the same in all three scripts"
-    (shared,) = {text[text.index(start) :] for text in texts}
-    for name in ("load_data", "with_preprocessing", "open_store", "log_model"):
-        assert f"\ndef {name}(" in shared
-    for setting in ("SEED = 42", "TEST_SIZE = 0.2", "FOLDS = 5"):
-        assert all(f"\n{setting}" in text for text in texts), setting
-    names = {script.removesuffix(".py") for script in SCRIPTS}
-    assert shared.count("\n") <= 88, "it is read once, for all three"
-    for text, most in zip(texts, (258, 314, 308), strict=True):
-        assert text.count("\n") <= most, "a script is to be read in ten minutes"
-        assert lines_of_code(text) <= 250, "a script is to be read in ten minutes"
-        assert not names & set(re.findall(r"^(?:import|from) (\w+)", text, re.M))
+    assert_one_line(process, "locked", "sqlite:///", "mlflow.db", "database is locked")
