@@ -843,7 +843,7 @@ def open_store(experiment):
         with impatient_requests(), one_process_at_a_time(uri):
             return mlflow.set_experiment(experiment).experiment_id
     except Exception as error:
-        message = f"cannot open the store {uri} (is it down, locked or full?): {error}"
+        message = f"cannot open the store {uri} (down, locked, full, or a wrong login?): {error}"
         raise UserError(message) from error
 
 
@@ -942,13 +942,17 @@ def run_as_program(main):
     return code
 
 
-def interrupt_after_mlflow_call(signal_number, frame):
+def interrupt_after_mlflow_call(signal_number, frame, deadline=None):
     """Let Ctrl-C stop the program, but only after a call of MLflow that is under way.
 
-    Otherwise, a write that is cut short leaves a run RUNNING, or the database locked.
+    Otherwise, a write that is cut short leaves a run RUNNING, or the database locked. After ten
+    seconds, it stops all the same: a server may be away.
     """
-    while frame is not None:
+    deadline = deadline or time.monotonic() + 10
+    while frame is not None and time.monotonic() < deadline:
         if frame.f_globals.get("__name__", "").split(".")[0] == "mlflow":
+            again = partial(interrupt_after_mlflow_call, deadline=deadline)
+            signal.signal(signal_number, again)
             retry = threading.Timer(0.05, signal.raise_signal, [signal_number])
             retry.daemon = True
             retry.start()
