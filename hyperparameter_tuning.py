@@ -774,6 +774,7 @@ def run_as_program(main):
         main()
         return 0
     except KeyboardInterrupt as error:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # it stops already
         message = str(error) or "by Ctrl-C"
         code = 130
     except UserError as error:

@@ -136,11 +136,14 @@ def main(argv=None):
     name = f"{table_name(args.csv)}-classifier"
     if args.history:
         print_history(open_store(EXPERIMENT), name)
-        return
-    if args.rollback is not None:
+    elif args.rollback is not None:
         roll_back(open_store(EXPERIMENT), name, args.rollback)
-        return
+    else:
+        deploy(args, name)
 
+
+def deploy(args, name):
+    """Register a model as a new version, validate it, and promote it if it passes the gate."""
     train, test = load_data(args.csv, args.target, TEST_SIZE, SEED)
     experiment_id = open_store(EXPERIMENT)
     champion = load_champion(name, train, TRUSTED)
@@ -220,6 +223,7 @@ def load_champion(name, train, trusted_types):
         return Champion(None, None)
     try:
         model = load_checked(f"models:/{name}/{version}", train.X.columns, trusted_types)
+        check_answers(model, f"models:/{name}/{version}", train)
     except UnsafeModel as error:
         print(f"Note: the candidate is not compared with version {version} in production: {error}")
         return Champion(version, None)
@@ -236,14 +240,29 @@ def check_logged_model(model_uri, train, trusted_types):
     Raises UserError if it may not be loaded, and Refused if it was trained on other rows than
     these: the hold-out may be among them, and its score would be too good.
     """
-    model_id = mlflow.models.get_model_info(model_uri).model_id
-    mlflow.get_logged_model(model_id)  # raises if this store does not have it
-    load_checked(f"models:/{model_id}", train.X.columns, trusted_types)
+    model = load_checked(model_uri, train.X.columns, trusted_types)
+    check_answers(model, model_uri, train)
+    logged = mlflow.get_logged_model(model.model_id)  # raises if this store does not have it
+    model_id = logged.model_id
+    # The ID is from the model's own files, which can name another model.
+    names = {model_id, logged.source_run_id} - {None}
+    if model_uri.startswith(("models:/m-", "runs:/")) and not any(n in model_uri for n in names):
+        raise UserError(f"{model_uri} has the ID of another model, {model_id}")
     if not training_digests(model_id):
         print("Note: the store does not know which rows the model was trained on", flush=True)
     if trained_on_other_rows(model_id, train):
         raise Refused(f"{model_uri} was trained on other rows, perhaps on those of the hold-out")
     return model_id
+
+
+def check_answers(model, model_uri, train):
+    """Raise UserError unless a loaded model predicts classes of the training rows."""
+    try:
+        answers = set(model.predict(train.X.head()))
+    except Exception as error:
+        raise UnsafeModel(f"{model_uri} does not predict: {error}") from error
+    if not answers <= set(train.y):
+        raise UnsafeModel(f"{model_uri} predicts other classes, such as {answers.pop()!r}")
 
 
 def trained_on_other_rows(model_id, train):
@@ -256,12 +275,12 @@ def training_digests(model_id):
     """Return the digests of the data sets that a model was trained on; none if unknown."""
     try:
         run = mlflow.get_run(mlflow.get_logged_model(model_id).source_run_id)
-    except mlflow.MlflowException:
+    except (mlflow.MlflowException, TypeError):  # TypeError: it was logged outside of a run
         return set()
     return {
         dataset_input.dataset.digest
         for dataset_input in run.inputs.dataset_inputs
-        if "training" in [tag.value for tag in dataset_input.tags]
+        if {"training", "train"} & {tag.value for tag in dataset_input.tags}
     }
 
 
@@ -283,7 +302,10 @@ def register(name, model_id, train):
         f"Load it with `mlflow.pyfunc.load_model('models:/{name}@production')`.\n\n"
         f"It takes these columns: {', '.join(train.X.columns)}."
     )
-    mlflow.MlflowClient().update_registered_model(name, description)
+    client = mlflow.MlflowClient()
+    client.update_registered_model(name, description)
+    rows = "known" if training_digests(model_id) else "unknown"
+    client.set_model_version_tag(name, registered.version, "training_rows", rows)
     return str(registered.version)
 
 
@@ -334,8 +356,10 @@ def probability_of_loss(y, answers, champion_answers, score, tolerance, seed, dr
     A paired bootstrap (Efron and Tibshirani, An Introduction to the Bootstrap, 1993): both are
     scored on the same rows, which are drawn anew, with replacement, `draws` times.
     """
-    # Numbers are scored faster than text.
-    codes, _ = pd.factorize(np.concatenate([y, answers, champion_answers]))
+    codes = np.concatenate([y, answers, champion_answers])
+    if codes.dtype.kind not in "iuf":
+        # Numbers are scored faster than text. Their order is that of the classes.
+        codes, _ = pd.factorize(codes, sort=True)
     y, answers, champion_answers = np.split(codes, 3)
     rng = np.random.default_rng(seed)
     worse = 0
@@ -537,6 +561,7 @@ def promote(name, version, replaces, outcome="promoted"):
         # If this process is killed between the two moves, both aliases point at `replaces`. Then
         # the tag of that version still tells what was in production before it.
         client.set_model_version_tag(name, version, "replaces", replaces)
+        client.set_model_version_tag(name, replaces, "was_in_production", "yes")
         set_alias(name, "previous", replaces)
     set_alias(name, "production", version)
     mlflow.set_tag("outcome", outcome)
@@ -637,8 +662,9 @@ def roll_back(experiment_id, name, to):
 
     A second rollback to "previous" undoes the first. Raises UserError if there is no such version.
     """
-    current = get_aliases(name).get("production")
-    target = previous_version(name) if to == "previous" else to
+    aliases = get_aliases(name)
+    current = aliases.get("production")
+    target = previous_version(name, aliases) if to == "previous" else to
     if current is None or target is None:
         raise UserError(f"{name} has no previous version to roll back to")
     if target == current:
@@ -654,9 +680,8 @@ def roll_back(experiment_id, name, to):
     print(f"Rolled {name} back from version {current} to version {target}")
 
 
-def previous_version(name):
+def previous_version(name, aliases):
     """Return the version that was in production before the present one, or None."""
-    aliases = get_aliases(name)
     version = aliases.get("previous")
     if version is not None and version == aliases.get("production"):
         # A promotion was killed before it moved `production`.
@@ -719,15 +744,21 @@ def load_checked(model_uri, columns, trusted_types):
     """
     with TemporaryDirectory() as folder:
         path = Path(mlflow.artifacts.download_artifacts(model_uri, dst_path=folder))
-        reason = why_unsafe(path, trusted_types)
-        if reason:
-            raise UnsafeModel(f"{model_uri} could run code: {reason}")
-        info = Model.load(path)
-        names = info.signature.inputs.input_names() if info.signature else []
-        predict_fn = info.flavors["python_function"].get("predict_fn", "predict")
-        if names != list(columns) or predict_fn != "predict":
-            raise UserError(f"{model_uri} does not predict classes from the columns of the data")
-        return mlflow.pyfunc.load_model(str(path))
+        try:
+            reason = why_unsafe(path, trusted_types)
+            if reason:
+                raise UnsafeModel(f"{model_uri} could run code: {reason}")
+            info = Model.load(path)
+            names = info.signature.inputs.input_names() if info.signature else []
+            predict_fn = info.flavors["python_function"].get("predict_fn", "predict")
+            if names != list(columns) or predict_fn != "predict":
+                raise UserError(f"{model_uri} does not predict classes from the data's columns")
+            return mlflow.pyfunc.load_model(str(path))
+        except UserError:
+            raise
+        except Exception as error:
+            # What a broken or forged file raises depends on who reads it.
+            raise UnsafeModel(f"{model_uri} cannot be loaded: {error}") from error
 
 
 # What a model of these scripts consists of. Everything else is refused.
@@ -763,7 +794,7 @@ ENVIRONMENT_LINE = re.compile(
     rf"""
     (\s*-\ )?
     ( ({PACKAGES}) ((==|<=|=)[\w.]+)?
-    | python:\ [\d.']+
+    | python:\ '?\d[\w.+]*'?
     | name:\ [\w-]+
     | channels: | conda-forge | dependencies: | build_dependencies: | pip:
     | -r\ requirements\.txt
@@ -783,7 +814,8 @@ def why_unsafe(path, trusted_types):
         return f"it has the flavors {', '.join(flavors)}"
     for name, flavor in flavors.items():
         settings = {key: flavor[key] for key in set(flavor) - FREE_SETTINGS if flavor[key]}
-        if settings != FLAVORS[name]:
+        python_version = flavor.get("python_version", "3")
+        if settings != FLAVORS[name] or not re.fullmatch(r"\d[\w.+]*", python_version):
             return f"its flavor {name} is not that of a skops file"
     # MLflow trusts the types that a model itself names.
     other_types = set(flavors["sklearn"].get("skops_trusted_types") or []) - set(trusted_types)
@@ -1053,6 +1085,7 @@ def run_as_program(main):
         main()
         return 0
     except KeyboardInterrupt as error:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # it stops already
         message = str(error) or "by Ctrl-C"
         code = 130
     except UserError as error:

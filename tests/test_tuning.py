@@ -85,7 +85,9 @@ def search(*args, grid=SMALL_GRID):
             tuning.main([*args])
         finally:
             assert mlflow.active_run() is None
-            assert signal.getsignal(signal.SIGINT) is ctrl_c
+            # It may wait for a call of MLflow's: then it is a partial of the same handler.
+            now = signal.getsignal(signal.SIGINT)
+            assert getattr(now, "func", now) is getattr(ctrl_c, "func", ctrl_c)
 
 
 def search_as_program(capsys, *args, grid=SMALL_GRID):
@@ -679,7 +681,6 @@ def an_hour_passes(folder):
             database.execute(f"UPDATE runs SET {column} = {column} - 3600000")
 
 
-@pytest.mark.xfail(strict=True, reason="issue 18, 4: nothing says yet that a search still runs")
 def test_a_search_that_still_runs_elsewhere_is_not_resumed(folder):
     """Its trials have been logged just now, so the one that is RUNNING is not cut short."""
     client = mlflow.MlflowClient()
