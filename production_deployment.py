@@ -1104,10 +1104,10 @@ def run_as_program(main):
 def interrupt_after_mlflow_call(signal_number, frame, deadline=None):
     """Let Ctrl-C stop the program, but only after a call of MLflow that is under way.
 
-    Otherwise, a write that is cut short leaves a run RUNNING, or the database locked. After ten
-    seconds, it stops all the same: a server may be away.
+    Otherwise, a write that is cut short leaves a run RUNNING, or the database locked. After half a
+    minute, it stops all the same: a server may be away.
     """
-    deadline = deadline or time.monotonic() + 10
+    deadline = deadline or time.monotonic() + 30
     while frame is not None and time.monotonic() < deadline:
         if frame.f_globals.get("__name__", "").split(".")[0] == "mlflow":
             again = partial(interrupt_after_mlflow_call, deadline=deadline)

@@ -106,10 +106,12 @@ def test_main_comes_first_and_its_steps_in_the_order_of_the_story(script):
     ]
     assert before == ["UserError", "Refused"]
     # Aside stand two other commands, and the check of a model that several steps need.
-    aside = {"roll_back", "print_history", "load_checked"}
+    aside = {"deploy", "roll_back", "print_history", "load_checked"}
+    story = [functions[name] for name in ("main", "deploy") if name in functions]
     steps = [
         functions[name].lineno
-        for name in names_in(functions["main"])
+        for teller in story
+        for name in names_in(teller)
         if name in functions and name not in aside
         if not in_the_shared_part(script, functions[name])
     ]
@@ -137,14 +139,14 @@ def test_nothing_stands_in_a_script_that_it_does_not_use(script):
 
 
 def test_only_main_reads_settings_so_that_every_other_function_can_be_pasted():
-    """Two functions need a text or a list that stands right above them, to be copied along."""
+    """The story hands them on. Two functions need what stands right above them copied along."""
     reads = {}
     for script in SCRIPTS:
         for name, node in definitions(script).items():
             if found := set(names_in(node)) & set(constants(script)):
                 reads.setdefault(name, set()).update(found)
     assert reads.pop("parse_args") == {"METRICS"}
-    assert reads.pop("main") > {"METRICS"}
+    assert reads.pop("main") >= {"EXPERIMENT"} and reads.pop("deploy") >= {"METRICS"}
     assert reads == {
         "why_unsafe": set(CHECK) - {"PACKAGES"},
         "deployment_guide": {"GUIDE"},
@@ -688,11 +690,11 @@ def test_promotion_moves_both_aliases_and_one_at_a_time(experiment, parts, logge
         deployment.register(name, model_id, parts[0])
     with mlflow.start_run(), deployment.one_promotion_at_a_time(experiment, name):
         deployment.promote(name, "1", replaces=None)
-    assert aliases() == {"production": "1"} and deployment.previous_version(name) is None
+    assert aliases() == {"production": "1"} and deployment.previous_version(name, aliases()) is None
     with mlflow.start_run() as active:
         deployment.promote(name, "2", replaces="1")
     assert aliases() == {"production": "2", "previous": "1"}
-    assert deployment.previous_version(name) == "1"
+    assert deployment.previous_version(name, aliases()) == "1"
     assert mlflow.get_run(active.info.run_id).data.tags["outcome"] == "promoted"
     assert client.get_model_version(name, "2").current_stage == "Production"
     with pytest.raises(deployment.Refused, match="version 2"), mlflow.start_run() as active:
@@ -701,7 +703,7 @@ def test_promotion_moves_both_aliases_and_one_at_a_time(experiment, parts, logge
     assert aliases() == {"production": "2", "previous": "1"}
     # Killed between the two moves: both aliases point at what was to be replaced.
     client.set_registered_model_alias(name, "previous", "2")
-    assert deployment.previous_version(name) == "1"
+    assert deployment.previous_version(name, aliases()) == "1"
 
     other = client.create_run(experiment, tags={"promoting": name, "promoting_since": "9e9"})
     with (
