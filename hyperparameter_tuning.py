@@ -123,38 +123,35 @@ def main(argv=None):
     trials = make_trials(PARAM_GRID)
     settings = describe_search(PARAM_GRID, metric, FOLDS, SEED, train)
 
+    experiment_id = open_store(EXPERIMENT)
     todo = trials
     if args.resume is not None:
-        open_store(EXPERIMENT)  # it knows what has been done
         todo = unfinished_trials(args.resume, trials, settings)
 
     print(f"{len(todo)} trials of {FOLDS} folds each", flush=True)
     started = time.perf_counter()
-    with start_trials(todo, train, metric, METRICS[metric], FOLDS, SEED) as results:
-        # It takes seconds to make a new store. The trials run meanwhile.
-        experiment_id = open_store(EXPERIMENT)
-
-        with mlflow.start_run(run_id=args.resume, run_name="grid-search") as search:
-            search_id = search.info.run_id
-            mlflow.log_params(settings)
-            log_rows(training=train, testing=test)
-            try:
+    with mlflow.start_run(run_id=args.resume, run_name="grid-search") as search:
+        search_id = search.info.run_id
+        mlflow.log_params(settings)
+        log_rows(training=train, testing=test)
+        try:
+            with start_trials(todo, train, metric, METRICS[metric], FOLDS, SEED) as results:
                 for trial in show_progress(results, metric, len(todo)):
                     log_trial(trial, train.dataset)
-            except KeyboardInterrupt:
-                mlflow.end_run("KILLED")
-                raise KeyboardInterrupt(f"to resume: {how_to_resume(search_id, argv)}") from None
+        except KeyboardInterrupt:
+            mlflow.end_run("KILLED")
+            raise KeyboardInterrupt(f"to resume: {how_to_resume(search_id, argv)}") from None
 
-            ranked = find_best_trials(search_id, metric)
-            if ranked.empty:
-                raise Refused(f"all {len(trials)} trials failed; their tag `error` says why")
+        ranked = find_best_trials(search_id, metric)
+        if ranked.empty:
+            raise Refused(f"all {len(trials)} trials failed; their tag `error` says why")
 
-            best = ranked.iloc[0]
-            best_params = trials[best["tags.mlflow.runName"]]
-            log_best(best, best_params, metric, train)
-            log_grid(ranked, best_params, PARAM_GRID, metric)
-            refit_best(best_params, train, test, metric, METRICS[metric], SEED, TRUSTED)
-            mlflow.log_metric("session_seconds", time.perf_counter() - started)
+        best = ranked.iloc[0]
+        best_params = trials[best["tags.mlflow.runName"]]
+        log_best(best, best_params, metric, train)
+        log_grid(ranked, best_params, PARAM_GRID, metric)
+        refit_best(best_params, train, test, metric, METRICS[metric], SEED, TRUSTED)
+        mlflow.log_metric("session_seconds", time.perf_counter() - started)
 
     print_report(search_id, metric, PARAM_GRID, FOLDS)
     print(where_to_look(experiment_id, f"metrics.`cv_{metric}`"))
@@ -688,6 +685,8 @@ def open_store(experiment):
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "5")
     try:
         with impatient_requests(), one_process_at_a_time(uri):
+            mlflow.set_experiment(experiment)
+            # If another process made it at the same moment, MLflow has not selected it yet.
             return mlflow.set_experiment(experiment).experiment_id
     except Exception as error:
         message = f"cannot open the store {uri} (down, locked, full, or a wrong login?): {error}"

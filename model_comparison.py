@@ -132,38 +132,35 @@ def main(argv=None):
     metric = args.metric
     train, test = load_data(args.csv, args.target, TEST_SIZE, SEED)
     candidates = make_candidates(len(train.X), SEED)
+    experiment_id = open_store(EXPERIMENT)
     if args.tuned is not None:
-        open_store(EXPERIMENT)  # it knows the search
         candidates["tuned_forest"] = load_tuned_forest(args.tuned, train, SEED)
 
     folds = make_folds(train, FOLDS, REPEATS, SEED)
     print(f"{len(candidates)} candidates on {len(folds)} folds each", flush=True)
-    with start_scoring(candidates, folds, train, METRICS) as results:
-        # It takes seconds to make a new store. The candidates are scored meanwhile.
-        experiment_id = open_store(EXPERIMENT)
-
-        with mlflow.start_run(run_name="comparison") as comparison:
-            comparison_id = comparison.info.run_id
-            log_rows(training=train, testing=test)
-            baseline = score_folds(DummyClassifier(), train.X, train.y, folds, METRICS)
-            scores = pd.DataFrame({"baseline": baseline[metric]})
+    with mlflow.start_run(run_name="comparison") as comparison:
+        comparison_id = comparison.info.run_id
+        log_rows(training=train, testing=test)
+        baseline = score_folds(DummyClassifier(), train.X, train.y, folds, METRICS)
+        scores = pd.DataFrame({"baseline": baseline[metric]})
+        with start_scoring(candidates, folds, train, METRICS) as results:
             for result in show_progress(results, len(candidates)):
                 params = candidates[result.name].get_params()
                 if log_candidate(result, params, train, test, METRICS, TRUSTED):
                     scores[result.name] = result.scores[metric]
 
-            models = find_best_models(experiment_id, comparison_id, metric, train)
-            if not models:
-                raise Refused("every candidate failed; the tag `error` of its run says why")
+        models = find_best_models(experiment_id, comparison_id, metric, train)
+        if not models:
+            raise Refused("every candidate failed; the tag `error` of its run says why")
 
-            log_probabilities(models, scores, ROPE, RISK, FOLDS)
-            # The workers are quiet by now, so these are the times of the models alone.
-            log_serving_costs(models, train, SEED)
+        log_probabilities(models, scores, ROPE, RISK, FOLDS)
+        # The workers are quiet by now, so these are the times of the models alone.
+        log_serving_costs(models, train, SEED)
 
-            table = load_results(experiment_id, comparison_id, metric)
-            recommended = recommend(table, RISK, NOISE)
-            log_choice(table, recommended, scores, metric, train)
-            log_report(table, scores, models[0], test, metric, ROPE, FOLDS)
+        table = load_results(experiment_id, comparison_id, metric)
+        recommended = recommend(table, RISK, NOISE)
+        log_choice(table, recommended, scores, metric, train)
+        log_report(table, scores, models[0], test, metric, ROPE, FOLDS)
 
     print_report(comparison_id, table, metric, ROPE)
     print(how_to_load_the_best(experiment_id, comparison_id, metric, train))
@@ -841,6 +838,8 @@ def open_store(experiment):
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "5")
     try:
         with impatient_requests(), one_process_at_a_time(uri):
+            mlflow.set_experiment(experiment)
+            # If another process made it at the same moment, MLflow has not selected it yet.
             return mlflow.set_experiment(experiment).experiment_id
     except Exception as error:
         message = f"cannot open the store {uri} (down, locked, full, or a wrong login?): {error}"

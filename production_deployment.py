@@ -999,6 +999,8 @@ def open_store(experiment):
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "5")
     try:
         with impatient_requests(), one_process_at_a_time(uri):
+            mlflow.set_experiment(experiment)
+            # If another process made it at the same moment, MLflow has not selected it yet.
             return mlflow.set_experiment(experiment).experiment_id
     except Exception as error:
         message = f"cannot open the store {uri} (down, locked, full, or a wrong login?): {error}"
