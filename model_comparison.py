@@ -229,6 +229,26 @@ def make_folds(train, n_folds, most_repeats, seed):
     return list(splitter.split(train.X, train.y))
 
 
+def score_folds(model, X, y, folds, metrics):
+    """Return the scores of a model on all folds, one after another, as a DataFrame."""
+    return pd.DataFrame([score_fold(model, X, y, fold, metrics) for fold in folds])
+
+
+def score_fold(model, X, y, fold, metrics):
+    """Fit a copy of the model on one part of a fold; return its scores on the other part."""
+    train_rows, test_rows = fold
+    started = time.perf_counter()
+    fitted = clone(model).fit(X.iloc[train_rows], y.iloc[train_rows])
+    fit_seconds = time.perf_counter() - started
+    scores = score_answers(y.iloc[test_rows], fitted.predict(X.iloc[test_rows]), metrics)
+    return scores | {"fit_seconds": fit_seconds}
+
+
+def score_answers(y, predicted, metrics):
+    """Return every metric of some predictions, by its name."""
+    return {name: score(y, predicted) for name, score in metrics.items()}
+
+
 class Result(NamedTuple):
     """What came of a candidate."""
 
@@ -293,26 +313,6 @@ def collect_result(name, outcomes, n_folds):
             return Result(name, model=None, scores=pd.DataFrame(), error=outcome)
     *fold_scores, model = own
     return Result(name, model, pd.DataFrame(fold_scores), error=None)
-
-
-def score_fold(model, X, y, fold, metrics):
-    """Fit a copy of the model on one part of a fold; return its scores on the other part."""
-    train_rows, test_rows = fold
-    started = time.perf_counter()
-    fitted = clone(model).fit(X.iloc[train_rows], y.iloc[train_rows])
-    fit_seconds = time.perf_counter() - started
-    scores = score_answers(y.iloc[test_rows], fitted.predict(X.iloc[test_rows]), metrics)
-    return scores | {"fit_seconds": fit_seconds}
-
-
-def score_folds(model, X, y, folds, metrics):
-    """Return the scores of a model on all folds, one after another, as a DataFrame."""
-    return pd.DataFrame([score_fold(model, X, y, fold, metrics) for fold in folds])
-
-
-def score_answers(y, predicted, metrics):
-    """Return every metric of some predictions, by its name."""
-    return {name: score(y, predicted) for name, score in metrics.items()}
 
 
 def show_progress(results, total):

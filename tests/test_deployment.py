@@ -566,7 +566,7 @@ def test_own_data_has_no_minimum_score_but_that_of_min_score(tmp_path, monkeypat
 
     versions, runs = len(client.search_model_versions()), len(deployments())
     table.drop(columns="b").to_csv("own.csv", index=False)
-    assert_one_line(deploy(*own), f"models:/{name}/", "columns of the data")
+    assert_one_line(deploy(*own), f"models:/{name}/", "columns")
     assert (len(client.search_model_versions()), len(deployments())) == (versions, runs)
 
 
