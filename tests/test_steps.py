@@ -446,9 +446,10 @@ def test_candidates_and_their_folds(parts, capsys):
     train, _ = parts
     comparison = paste(COMPARISON, "make_candidates", "make_folds")
     names = ["logistic_regression", "svm", "gradient_boosting", "random_forest"]
-    for n_rows, said in ((200, ""), (20_000, "Nystroem")):
+    for n_rows, said in ((10_000, ""), (10_001, "Nystroem")):
         candidates = comparison.make_candidates(n_rows, seed=3)
-        assert list(candidates) == names and said in capsys.readouterr().out
+        printed = capsys.readouterr().out
+        assert list(candidates) == names and said in printed and bool(said) == bool(printed)
         assert candidates["random_forest"].random_state == 3
     for n_folds, most, repeats in ((5, 3, 3), (4, 80, 75)):
         folds = comparison.make_folds(train, n_folds, most, seed=1)
@@ -461,7 +462,7 @@ def test_candidates_and_their_folds(parts, capsys):
 
 def test_folds_are_scored_like_scikit_learn_does(parts):
     train, _ = parts
-    comparison = paste(COMPARISON, "score_fold", "score_folds")
+    comparison = paste(COMPARISON, "score_fold", "score_folds", "summarize_folds")
     folds = list(StratifiedKFold(4).split(train.X, train.y))
     metrics = {"accuracy": accuracy_score, "f1": macro_f1}
     model = LogisticRegression()
@@ -469,6 +470,9 @@ def test_folds_are_scored_like_scikit_learn_does(parts):
     for name, scoring in (("accuracy", "accuracy"), ("f1", "f1_macro")):
         expected = cross_val_score(model, train.X, train.y, cv=folds, scoring=scoring)
         assert list(scores[name]) == close(list(expected))
+        summary = comparison.summarize_folds(scores)
+        assert summary[f"cv_{name}"] == close(expected.mean())
+        assert summary[f"cv_{name}_std"] == close(expected.std())
     assert set(scores) == {"accuracy", "f1", "fit_seconds"}
     one = comparison.score_fold(model, train.X, train.y, folds[2], metrics)
     assert one["f1"] == close(scores["f1"][2]) and one["fit_seconds"] > 0
