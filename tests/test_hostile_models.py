@@ -561,6 +561,16 @@ def test_a_model_whose_file_names_another_is_refused(shop):
         assert_refused(deploy("--model-uri", uri), shop, model_id, uri)
 
 
+def test_a_symlink_is_found_even_if_mlflow_copies_it(shop, tmp_path):
+    """This MLflow refuses those that lead out of the model. An older one copies them."""
+    for number, name in enumerate(("model.skops", "input_example.json")):
+        copy = shutil.copytree(shop.files, tmp_path / str(number))
+        assert script.why_unsafe(copy, script.TRUSTED) is None
+        (copy / name).rename(tmp_path / name)
+        (copy / name).symlink_to(tmp_path / name)
+        assert name in script.why_unsafe(copy, script.TRUSTED)
+
+
 def test_what_is_checked_is_what_is_loaded(shop, monkeypatch):
     """Someone who may write to the store changes a model as soon as it has been checked."""
     model_id, check = shop.copy(), script.why_unsafe
