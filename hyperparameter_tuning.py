@@ -263,12 +263,15 @@ def run_in_parallel(tasks, return_as):
 
     At the end of the `with` block, what still runs is stopped.
     """
+    others = multiprocessing.active_children()
     # The workers inherit this. They leave Ctrl-C to this process, which stops them.
     ctrl_c = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    results = Parallel(n_jobs=-1, return_as=return_as)(tasks)
-    signal.signal(signal.SIGINT, ctrl_c)
+    try:
+        results = Parallel(n_jobs=-1, return_as=return_as)(tasks)
+    finally:
+        signal.signal(signal.SIGINT, ctrl_c)
     # On a machine without psutil and `pgrep`, joblib stops its workers by a method that they lack.
-    for worker in multiprocessing.active_children():
+    for worker in set(multiprocessing.active_children()) - set(others):
         worker.kill = worker.terminate
     with warnings.catch_warnings():
         # There, and wherever tasks are given up, joblib warns.
