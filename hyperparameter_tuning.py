@@ -1,9 +1,9 @@
 """Tune a random forest with MLflow: a parent run for the search, a child run for each trial.
 
-27 combinations of three settings are cross-validated on the training part of scikit-learn's breast
-cancer data. The script then asks MLflow for the best one, refits it, and scores it once on the
-hold-out. You will see that the depth of the trees matters most, and that a forest within one
-standard error of the best takes about a fifth of its time to train.
+27 combinations of three parameters are cross-validated on the training part of scikit-learn's
+breast cancer data. The script then asks MLflow for the best one, refits it, and scores it
+once on the hold-out. You will see that the depth of the trees matters most, and that a forest
+within one standard error of the best takes about a fifth of its time to train.
 
     python hyperparameter_tuning.py
     python hyperparameter_tuning.py --csv customers.csv --target churned --metric f1
@@ -25,7 +25,7 @@ It leaves this in the store (sqlite:///mlflow.db, or MLFLOW_TRACKING_URI where t
 #     "numpy>=1.26,<2.5",
 # ]
 # ///
-# These bring along joblib, matplotlib, scipy, skops and threadpoolctl.
+# joblib, matplotlib, packaging, scipy, skops, SQLAlchemy and threadpoolctl come with these.
 
 import logging
 import multiprocessing
@@ -49,6 +49,7 @@ from urllib.parse import quote, unquote
 import mlflow
 import numpy as np
 import pandas as pd
+import sqlalchemy
 from joblib import Parallel, delayed, parallel_config
 from matplotlib.figure import Figure
 from sklearn.compose import make_column_transformer
@@ -73,8 +74,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
 EXPERIMENT = "hyperparameter-tuning"
-SEED = 42  # of the split, the folds and the forests
-TEST_SIZE = 0.2  # share of the rows held out: no trial sees them
+SEED = 42  # for the split, the folds and the forests
+TEST_SIZE = 0.2  # share of the rows held out: not used by any trial
 FOLDS = 5
 
 # The values to try for each parameter.
@@ -84,9 +85,9 @@ PARAM_GRID = {
     "n_estimators": [20, 100, 300],
 }
 
-# The choices of --metric: functions of the true and the predicted classes. Higher must be better;
-# add an error as its negative, like scikit-learn's neg_ scorers. F1, precision and recall are macro
-# averages, in which every class counts the same.
+# The choices of --metric: functions of the true and the predicted classes. Higher must be
+# better: to use an error, negate it, like scikit-learn's neg_ scorers. F1, precision and
+# recall are macro averages, in which every class counts the same.
 METRICS = {
     "accuracy": accuracy_score,
     "balanced_accuracy": balanced_accuracy_score,
@@ -95,8 +96,8 @@ METRICS = {
     "recall": partial(recall_score, average="macro", zero_division=0),
 }
 
-# Types that skops does not load unless they are named. They run no code. But a damaged file of
-# trees can crash the process that predicts with it (skops pull request 535).
+# skops loads these types only if they are named. Loading them runs no code, but a damaged
+# tree can crash the process that predicts with it (skops pull request 535).
 TRUSTED = [
     "numpy.dtype",
     "sklearn.tree._tree.Tree",
@@ -111,7 +112,7 @@ class UserError(Exception):
 
 
 class Refused(UserError):
-    """Nothing is broken, but there is no result that should be used."""
+    """There is no result that should be used. The exit code tells it from bad input."""
 
     exit_code = 1
 
@@ -130,17 +131,13 @@ def main(argv=None):
 
     print(f"{len(todo)} trials of {FOLDS} folds each", flush=True)
     started = time.perf_counter()
-    with mlflow.start_run(run_id=args.resume, run_name="grid-search") as search:
+    with mlflow.start_run(run_id=args.resume, run_name="grid-search") as search, resumable(args):
         search_id = search.info.run_id
         mlflow.log_params(settings)
         log_rows(training=train, testing=test)
-        try:
-            with start_trials(todo, train, metric, METRICS[metric], FOLDS, SEED) as results:
-                for trial in show_progress(results, metric, len(todo)):
-                    log_trial(trial, train.dataset)
-        except KeyboardInterrupt:
-            mlflow.end_run("KILLED")
-            raise KeyboardInterrupt(f"to resume: {how_to_resume(search_id, argv)}") from None
+        with start_trials(todo, train, metric, METRICS[metric], FOLDS, SEED) as results:
+            for result in show_progress(results, metric, len(todo)):
+                log_trial(result, train.dataset)
 
         ranked = find_best_trials(search_id, metric)
         if ranked.empty:
@@ -148,12 +145,12 @@ def main(argv=None):
 
         best = ranked.iloc[0]
         best_params = trials[best["tags.mlflow.runName"]]
-        log_best(best, best_params, metric, train)
-        log_grid(ranked, best_params, PARAM_GRID, metric)
         refit_best(best_params, train, test, metric, METRICS[metric], SEED, TRUSTED)
+        log_grid(ranked, best_params, PARAM_GRID, metric)
+        log_best(best, best_params, metric, train)
         mlflow.log_metric("session_seconds", time.perf_counter() - started)
 
-    print_report(search_id, metric, PARAM_GRID, FOLDS)
+    print_report(search_id, ranked, metric, PARAM_GRID, FOLDS)
     print(where_to_look(experiment_id, f"metrics.`cv_{metric}`"))
     print("Next: ", command_line("model_comparison.py", "--tuned", search_id, args=args))
 
@@ -178,7 +175,7 @@ def make_trials(grid):
     unknown = set(grid) - set(RandomForestClassifier().get_params())
     if unknown:
         raise UserError(f"PARAM_GRID: a random forest has no {', '.join(sorted(unknown))}")
-    # NumPy's numbers become Python's, whose text can be read back.
+    # NumPy's numbers become Python's, whose text model_comparison.py can read back.
     lists = {name: [to_python(value) for value in values] for name, values in grid.items()}
     combinations = ParameterGrid(lists)
     return {f"trial-{number:04}": params for number, params in enumerate(combinations, start=1)}
@@ -202,15 +199,17 @@ def describe_search(grid, metric, n_folds, seed, train):
 def unfinished_trials(search_id, trials, settings, quiet_minutes=5):
     """Return the trials that an interrupted search still has to run.
 
-    These are the trials that were never logged, and those that failed. A trial whose logging was
-    cut short is deleted, and runs again. Raises UserError if the run is not an unfinished search
-    with these settings, or if it may still run somewhere else: it is RUNNING, and has logged a
-    trial in the last `quiet_minutes`.
+    These are the trials that were never logged, and those that failed. A trial that is still
+    RUNNING was cut short: its run is deleted, and it runs again. Raises UserError if the
+    search is finished or has other settings, or if it may still run somewhere else: it is
+    RUNNING, and has started or logged a trial in the last `quiet_minutes`.
     """
     search = mlflow.get_run(search_id)
-    same = settings.items() <= search.data.params.items()
-    if search.info.status == "FINISHED" or not same:
-        raise UserError(f"cannot resume {search_id}: it is finished, or has other settings or rows")
+    if search.info.status == "FINISHED":
+        raise UserError(f"cannot resume {search_id}: it is finished")
+    # MLflow returns parameters as text, and the settings are text.
+    if not settings.items() <= search.data.params.items():
+        raise UserError(f"cannot resume {search_id}: it has other settings or rows")
 
     children = mlflow.search_runs(
         [search.info.experiment_id],
@@ -232,8 +231,20 @@ def unfinished_trials(search_id, trials, settings, quiet_minutes=5):
     return {name: params for name, params in trials.items() if name not in finished}
 
 
-class Trial(NamedTuple):
-    """A combination of parameters and what came of it."""
+@contextmanager
+def resumable(args):
+    """On Ctrl-C, end the active run as KILLED, and say how to continue it."""
+    search_id = mlflow.active_run().info.run_id
+    try:
+        yield
+    except KeyboardInterrupt:
+        mlflow.end_run("KILLED")  # otherwise, MLflow would call it FAILED
+        command = command_line("hyperparameter_tuning.py", "--resume", search_id, args=args)
+        raise KeyboardInterrupt(f"by Ctrl-C; to resume: {command}") from None
+
+
+class TrialResult(NamedTuple):
+    """What came of a trial."""
 
     name: str
     params: dict
@@ -243,12 +254,12 @@ class Trial(NamedTuple):
 
 @contextmanager
 def start_trials(trials, train, metric, score, n_folds, seed):
-    """Start the trials on all cores; yield an iterator over each Trial as soon as it is done.
+    """Start the trials on all cores, and yield an iterator over each TrialResult, as they finish.
 
     At the end of the `with` block, what still runs is stopped.
     """
     options = {"metric": metric, "score": score, "n_folds": n_folds, "seed": seed}
-    # Many deep trees stand at the end of the grid. They start first, so that no core idles later.
+    # The last trials of this grid take longest. They start first, so that no core idles later.
     tasks = [
         delayed(try_trial)(name, trials[name], train.X, train.y, **options)
         for name in reversed(trials)
@@ -270,11 +281,11 @@ def run_in_parallel(tasks, return_as):
         results = Parallel(n_jobs=-1, return_as=return_as)(tasks)
     finally:
         signal.signal(signal.SIGINT, ctrl_c)
-    # On a machine without psutil and `pgrep`, joblib stops its workers by a method that they lack.
+    # Without psutil and `pgrep`, joblib calls worker.kill(), which its workers do not have.
     for worker in set(multiprocessing.active_children()) - set(others):
         worker.kill = worker.terminate
     with warnings.catch_warnings():
-        # There, and wherever tasks are given up, joblib warns.
+        # joblib warns when tasks are given up, as after Ctrl-C.
         warnings.filterwarnings("ignore", module="joblib")
         try:
             yield results
@@ -283,12 +294,13 @@ def run_in_parallel(tasks, return_as):
 
 
 def try_trial(name, params, X, y, **options):
-    """Return the Trial of these parameters. One that raises must not end the search."""
+    """Return the TrialResult of a trial. One that raises must not end the search."""
     try:
         metrics = run_trial(params, X, y, **options)
     except Exception as error:
-        return Trial(name, params, {}, f"{type(error).__name__}: {error}")
-    return Trial(name, params, metrics, error="")
+        first_line = str(error).partition("\n")[0]
+        return TrialResult(name, params, {}, f"{type(error).__name__}: {first_line}")
+    return TrialResult(name, params, metrics, error="")
 
 
 def run_trial(params, X, y, metric, score, n_folds, seed):
@@ -300,14 +312,14 @@ def run_trial(params, X, y, metric, score, n_folds, seed):
     folds = StratifiedKFold(n_folds, shuffle=True, random_state=seed)
     model = make_forest(params, X, seed)
 
-    def scorer(fitted, X, y):
-        return score(y, fitted.predict(X))
+    def scorer(fitted, X_fold, y_fold):
+        return score(y_fold, fitted.predict(X_fold))
 
-    # One core per trial, even if the caller has selected another joblib backend, such as Dask.
+    # One core per trial, even if the caller has selected another joblib backend (Dask).
     with parallel_config("sequential"):
         results = cross_validate(model, X, y, cv=folds, scoring=scorer, error_score="raise")
     return {
-        # Rounded, so that equal means are equal: the last bits depend on the order of the sum.
+        # Rounded, so that ties are ties: sums in another order differ in their last bits.
         f"cv_{metric}": results["test_score"].mean().round(12),
         f"cv_{metric}_std": results["test_score"].std(),
         "fit_seconds": results["fit_time"].mean(),
@@ -320,18 +332,18 @@ def make_forest(params, X, seed):
 
 
 def show_progress(results, metric, total):
-    """Pass each trial on; after it has been logged, print it and the time that is left."""
+    """Pass each result on, then print it and the time that is left."""
     started = time.perf_counter()
-    for done, trial in enumerate(results, start=1):
-        yield trial
+    for done, result in enumerate(results, start=1):
+        yield result  # the caller logs it
         seconds_left = (time.perf_counter() - started) * (total - done) / done
-        outcome = trial.error
+        outcome = result.error
         if not outcome:
-            mean = trial.metrics[f"cv_{metric}"]
-            deviation = trial.metrics[f"cv_{metric}_std"]
+            mean = result.metrics[f"cv_{metric}"]
+            deviation = result.metrics[f"cv_{metric}_std"]
             outcome = f"{metric} {mean:.4f} ± {deviation:.4f}"
-        line = f"{done:3}/{total} {seconds_left:4.0f} s left  {trial.name}  {outcome}"
-        print(f"{line}  {format_params(trial.params)}", flush=True)
+        line = f"{done:3}/{total} {seconds_left:4.0f} s left  {result.name}  {outcome}"
+        print(f"{line}  {format_params(result.params)}", flush=True)
 
 
 def format_params(params):
@@ -339,26 +351,20 @@ def format_params(params):
     return ", ".join(f"{name}={value!r}" for name, value in params.items())
 
 
-def log_trial(trial, dataset):
+def log_trial(result, dataset):
     """Log a trial as a child of the active run: FAILED, with the error as a tag, if it raised."""
-    with mlflow.start_run(run_name=trial.name, nested=True):
-        mlflow.log_params(trial.params)
-        mlflow.log_metrics(trial.metrics, dataset=dataset)
-        if trial.error:
-            mlflow.set_tag("error", trial.error)
+    with mlflow.start_run(run_name=result.name, nested=True):
+        mlflow.log_params(result.params)
+        mlflow.log_metrics(result.metrics, dataset=dataset)
+        if result.error:
+            mlflow.set_tag("error", result.error)
             mlflow.end_run("FAILED")
-
-
-def how_to_resume(search_id, argv):
-    """Return the command that continues a search."""
-    arguments = sys.argv[1:] if argv is None else argv
-    return shlex.join(["python", sys.argv[0], *arguments, "--resume", search_id])
 
 
 def find_best_trials(search_id, metric):
     """Ask MLflow for the finished trials of a search. Return a DataFrame, the best trial first.
 
-    Of equal scores, the first in the grid wins, whichever has finished first.
+    Ties go to the first in the grid, whichever finished first.
     """
     return mlflow.search_runs(
         [mlflow.get_run(search_id).info.experiment_id],
@@ -367,15 +373,22 @@ def find_best_trials(search_id, metric):
     )
 
 
-def log_best(best, params, metric, train):
-    """Log the best trial to the active run: its parameters and its score."""
-    mlflow.log_params({f"best_{name}": repr(value) for name, value in params.items()})
-    score = best[f"metrics.cv_{metric}"]
-    mlflow.log_metric(f"best_cv_{metric}", score, dataset=train.dataset)
+def refit_best(params, train, test, metric, score, seed, trusted_types):
+    """Fit the best forest on all training rows, log it, and score it once on the hold-out.
+
+    For comparison, also log the score of always predicting the most frequent class.
+    """
+    model = make_forest(params, train.X, seed).fit(train.X, train.y)
+    model_id = log_model(model, train.X, trusted_types)
+    test_score = score(test.y, model.predict(test.X))
+    mlflow.log_metric(f"test_{metric}", test_score, model_id=model_id, dataset=test.dataset)
+    baseline = DummyClassifier().fit(train.X, train.y)
+    baseline_score = score(test.y, baseline.predict(test.X))
+    mlflow.log_metric(f"baseline_test_{metric}", baseline_score, dataset=test.dataset)
 
 
 def log_grid(ranked, best_params, grid, metric):
-    """Log to the active run what the whole grid says: tables, pictures, and where to widen it."""
+    """Log how much each parameter matters, where to widen the grid, and a table and a picture."""
     means = mean_scores(ranked, grid, metric)
     for name, scores in means.items():
         mlflow.log_metric(f"spread_{name}", scores.max() - scores.min())
@@ -398,17 +411,16 @@ def mean_scores(ranked, grid, metric):
 def values_at_the_edge(params, grid):
     """Return advice for each parameter whose value lies at the edge of the grid.
 
-    A better value may lie beyond it. The advice is a sentence, by the name of the parameter.
+    A better value may lie beyond it. Returns {name: advice}.
     """
     edges = {}
     for name, values in grid.items():
-        kinds = {type(to_python(value)) for value in values}
-        if len(values) < 2 or not kinds <= {int, float}:
-            continue
-        if params[name] == max(values):
-            edges[name] = f"{params[name]} is the largest value tried; try larger ones"
-        if params[name] == min(values):
-            edges[name] = f"{params[name]} is the smallest value tried; try smaller ones"
+        numeric = all(type(to_python(value)) in (int, float) for value in values)
+        if numeric and len(values) > 1:
+            if params[name] == max(values):
+                edges[name] = f"{params[name]} is the largest value tried; try larger ones"
+            if params[name] == min(values):
+                edges[name] = f"{params[name]} is the smallest value tried; try smaller ones"
     return edges
 
 
@@ -417,7 +429,9 @@ def scores_over_grid(ranked, grid, metric):
     columns = {f"params.{name}": name for name in grid}
     in_grid_order = ranked.sort_values("tags.mlflow.runName").rename(columns=columns)
     *down, across = grid
-    return in_grid_order.pivot_table(f"metrics.cv_{metric}", down, across, sort=False)
+    return in_grid_order.pivot_table(
+        values=f"metrics.cv_{metric}", index=down, columns=across, sort=False
+    )
 
 
 def draw_search(table, means, metric):
@@ -436,9 +450,10 @@ def draw_search(table, means, metric):
     for name, scores in means.items():
         means_axes.plot(scores, [name] * len(scores), marker="o")
         for position, (value, score) in enumerate(scores.items()):
-            above_or_below = 8 if position % 2 else -16
+            # Above and below by turns, so that the labels of close points do not overlap.
+            offset = (0, 8 if position % 2 else -16)
             means_axes.annotate(
-                value, (score, name), (0, above_or_below), textcoords="offset points", ha="center"
+                value, xy=(score, name), xytext=offset, textcoords="offset points", ha="center"
             )
     means_axes.set(xlabel=f"Mean {metric} of the trials with this value")
     means_axes.set_title("The longer the line, the more the parameter matters")
@@ -446,24 +461,17 @@ def draw_search(table, means, metric):
     return figure
 
 
-def refit_best(params, train, test, metric, score, seed, trusted_types):
-    """Fit the best forest on all training rows, log it, and score it once on the hold-out.
-
-    For comparison, also log the score of always predicting the most frequent class.
-    """
-    model = make_forest(params, train.X, seed).fit(train.X, train.y)
-    model_id = log_model(model, train.X, trusted_types)
-    test_score = score(test.y, model.predict(test.X))
-    mlflow.log_metric(f"test_{metric}", test_score, model_id=model_id, dataset=test.dataset)
-    baseline = DummyClassifier().fit(train.X, train.y)
-    baseline_score = score(test.y, baseline.predict(test.X))
-    mlflow.log_metric(f"baseline_test_{metric}", baseline_score, dataset=test.dataset)
+def log_best(best, params, metric, train):
+    """Log the best trial to the active run: its parameters and its score."""
+    # repr() quotes text, so that model_comparison.py can read the values back.
+    mlflow.log_params({f"best_{name}": repr(value) for name, value in params.items()})
+    score = best[f"metrics.cv_{metric}"]
+    mlflow.log_metric(f"best_cv_{metric}", score, dataset=train.dataset)
 
 
-def print_report(search_id, metric, grid, n_folds):
-    """Print what a search found, as MLflow has it."""
+def print_report(search_id, ranked, metric, grid, n_folds):
+    """Print what a search found, as MLflow has it. `ranked` has the best trial first."""
     data = mlflow.get_run(search_id).data
-    ranked = find_best_trials(search_id, metric)
     print(f"\nThe five best of {len(ranked)} trials, by their mean {metric} over {n_folds} folds:")
     print(format_trials(ranked.head(), grid, metric).to_string(index=False))
 
@@ -496,11 +504,12 @@ def print_report(search_id, metric, grid, n_folds):
 def cheapest_within_one_standard_error(ranked, metric, n_folds):
     """Return the trial that is fastest to fit of those within one standard error of the best.
 
-    After the one-standard-error rule of Breiman et al., Classification and Regression Trees (1984),
-    section 3.4.3, which takes the simplest of them. `ranked` has the best trial first.
+    `ranked` has the best trial first. This is the one-standard-error rule of Breiman et al.,
+    Classification and Regression Trees (1984), section 3.4.3, which takes the simplest one.
     """
     scores = ranked[f"metrics.cv_{metric}"]
-    # std() divided by n; the root of n - 1 here turns that into the usual std(ddof=1) / sqrt(n).
+    # The logged deviation has ddof=0: divided by sqrt(n - 1), it equals std(ddof=1) /
+    # sqrt(n).
     standard_error = ranked[f"metrics.cv_{metric}_std"].iloc[0] / (n_folds - 1) ** 0.5
     close = ranked[scores >= scores.iloc[0] - standard_error]
     return close.loc[close["metrics.fit_seconds"].idxmin()]
@@ -518,8 +527,8 @@ def format_trials(ranked, grid, metric):
     return table
 
 
-# The rest is the same in all three scripts, so you need to read it only once: rows, model, store,
-# and the end of the program.
+# The rest is the same in all three scripts, so you need to read it only once. It loads the
+# rows, logs the model, opens the store and ends the program.
 
 
 class Rows(NamedTuple):
@@ -533,9 +542,10 @@ class Rows(NamedTuple):
 def load_data(csv=None, target="diagnosis", test_size=0.2, seed=42):
     """Load a table and split it into training rows and hold-out rows, stratified by class.
 
-    The table is a CSV file with a header, or scikit-learn's breast cancer data. Rows without a
-    class are left out. Numbers and true/false become floats, which can hold gaps; text stays.
-    Returns two Rows. Raises UserError if the table cannot be read, or the target not be learned.
+    The table is a CSV file with a header, or scikit-learn's breast cancer data. Rows without
+    a class are left out. Numbers and true/false become floats, which can hold gaps; text
+    stays. Returns two Rows. Raises UserError if the table cannot be read, or its target not
+    be predicted.
     """
     name = table_name(csv)
     table = read_table(csv)
@@ -543,7 +553,8 @@ def load_data(csv=None, target="diagnosis", test_size=0.2, seed=42):
         columns = ", ".join(repr(column) for column in table)
         raise UserError(f"{name} needs {target!r} and more columns, but has {columns}")
 
-    # A class is text, also in answers. Where the column has gaps, class 1 must not become "1.0".
+    # Classes are text, and so are predictions. convert_dtypes() keeps class 1 from becoming
+    # "1.0" in a column with gaps.
     labels = table[target].dropna().convert_dtypes().astype(str)
     features = table.drop(columns=target).loc[labels.index]
     features = features.apply(lambda column: column.astype("float64", errors="ignore"))
@@ -607,7 +618,7 @@ def check_features(features):
 
 def make_rows(X, y, name):
     """Return Rows with an MLflow data set of this name."""
-    # MLflow looks for the commit of this file. Without git on the machine, it prints much advice.
+    # MLflow looks for the commit of this file. Where git is missing, it prints much advice.
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
     table = pd.concat([X, y], axis="columns")
     return Rows(X, y, mlflow.data.from_pandas(table, targets=y.name, name=name))
@@ -616,9 +627,9 @@ def make_rows(X, y, name):
 def add_preprocessing(model, X):
     """Return a pipeline of the model that takes raw rows with the columns of X.
 
-    A missing number becomes the mean of its column; then all numbers are scaled. A missing text is
-    a value of its own. Text is one-hot encoded, in 20 columns at most: where there are more
-    values, the rarest share one. A value that was not seen in training becomes all zeros.
+    A missing number becomes the mean of its column; then all numbers are scaled. A missing
+    text is a value of its own. Text is one-hot encoded, in 20 columns at most: where there
+    are more values, the rarest share one. Values not seen in training become all zeros.
     """
     numbers = make_pipeline(SimpleImputer(keep_empty_features=True), StandardScaler())
     gap_value = {"strategy": "constant", "keep_empty_features": True}
@@ -645,8 +656,8 @@ def log_rows(**rows):
     try:
         mlflow.log_inputs(**inputs)
     except mlflow.MlflowException:
-        # Another process has logged the same new rows at the same moment, and MLflow has refused
-        # to store them twice. They are stored now, so a second call finds them.
+        # Another process has logged the same new rows at the same moment, and MLflow has
+        # refused to store them twice. They are stored now, so a second call finds them.
         mlflow.log_inputs(**inputs)
 
 
@@ -659,8 +670,8 @@ def log_model(model, X, trusted_types):
     logged = mlflow.sklearn.log_model(
         model,
         name="model",
-        # A pickle can run any code when it is loaded. Skops loads the types that it knows, and
-        # those that are named here.
+        # A pickle can run any code when it is loaded. Skops loads the types that it knows,
+        # and those that are named here.
         serialization_format="skops",
         skops_trusted_types=trusted_types,
         signature=mlflow.models.infer_signature(X, model.predict(X)),
@@ -673,8 +684,8 @@ def log_model(model, X, trusted_types):
 def open_store(experiment):
     """Select an experiment in the store of MLFLOW_TRACKING_URI, or in mlflow.db in this folder.
 
-    Store and experiment are made if they do not exist. Returns the ID of the experiment. Raises
-    UserError if the store cannot be opened.
+    Store and experiment are made if they do not exist. Returns the ID of the experiment.
+    Raises UserError if the store cannot be opened.
     """
     for name in ("MLFLOW_RUN_ID", "MLFLOW_REGISTRY_URI"):
         if os.environ.get(name):
@@ -684,12 +695,13 @@ def open_store(experiment):
     quieten_mlflow()
 
     uri = mlflow.get_tracking_uri()
-    # Once it is open, wait about a minute for a server that restarts.
+    # For the calls after this function: they wait about a minute for a server that restarts.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "5")
     try:
         with impatient_requests(), one_process_at_a_time(uri):
+            connect_once(uri)
             mlflow.set_experiment(experiment)
-            # If another process made it at the same moment, MLflow has not selected it yet.
+            # If another process made it at the same moment, the first call does not select it.
             return mlflow.set_experiment(experiment).experiment_id
     except Exception as error:
         message = f"cannot open the store {uri} (down, locked, full, or a wrong login?): {error}"
@@ -709,7 +721,11 @@ def quieten_mlflow():
 @contextmanager
 def impatient_requests():
     """Let requests fail after seconds if the server does not answer, instead of minutes."""
-    settings = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
+    settings = {
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
+        "PGCONNECT_TIMEOUT": "5",
+    }
     before = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)
     try:
@@ -721,9 +737,22 @@ def impatient_requests():
                 os.environ[name] = value
 
 
+def connect_once(uri):
+    """Raise an error if the store is a database server that cannot be reached.
+
+    MLflow itself would try for 100 seconds, in silence.
+    """
+    if not uri.startswith(("http", "sqlite", "file", "databricks")):
+        sqlalchemy.create_engine(uri).connect().close()
+
+
 @contextmanager
 def one_process_at_a_time(uri):
-    """Let one process make the tables of a new SQLite store, while others wait for it."""
+    """Let one process make the tables of a new SQLite store, while others wait for it.
+
+    The lock is an SQLite database of its own. That works on every system, and if the process
+    ends, so does the lock.
+    """
     if not uri.startswith("sqlite:///"):
         yield
         return
@@ -734,7 +763,7 @@ def one_process_at_a_time(uri):
 
 
 def where_to_look(experiment_id, order_by="attributes.start_time"):
-    """Return how to see the runs of an experiment in the MLflow UI, the highest first."""
+    """Return how to see the runs of an experiment in the MLflow UI, by `order_by`, descending."""
     uri = mlflow.get_tracking_uri()
     page = f"#/experiments/{experiment_id}/runs?workflowType=machine_learning"
     page += f"&orderByKey={quote(order_by)}&orderByAsc=false"
@@ -746,7 +775,9 @@ def where_to_look(experiment_id, order_by="attributes.start_time"):
 
 def command_line(script, *options, args):
     """Return the command that starts a script of this folder on the same data and metric."""
-    command = ["python", str(Path(sys.argv[0]).with_name(script)), *options]
+    path = Path(sys.argv[0]).with_name(script)
+    # A notebook's argv[0] is a file of Jupyter, with no script beside it.
+    command = ["python", str(path if path.is_file() else script), *options]
     if args.csv is not None:
         command += ["--csv", args.csv, "--target", args.target]
     if args.metric != "accuracy":
@@ -795,8 +826,8 @@ def run_as_program(main):
 def interrupt_after_mlflow_call(signal_number, frame, deadline=None):
     """Let Ctrl-C stop the program, but only after a call of MLflow that is under way.
 
-    Otherwise, a write that is cut short leaves a run RUNNING, or the database locked. After half a
-    minute, it stops all the same: a server may be away.
+    Otherwise, a write that is cut short leaves a run RUNNING, or the database locked. After
+    half a minute, it stops all the same: a server may be away.
     """
     deadline = deadline or time.monotonic() + 30
     while frame is not None and time.monotonic() < deadline:

@@ -1,10 +1,11 @@
 """Compare four classifiers with MLflow: which is best, how sure is that, and what do they cost?
 
-Each is scored on the same 150 folds of the training part of scikit-learn's breast cancer data. The
-script then asks MLflow for the best one, and computes how probable it is that each of the others is
-worse, or practically the same. Of those that are practically as good as the best, it recommends
-one that answers fast. You will see that a scaled logistic regression leads, that an SVM is
-practically the same, and that both answer more than twice as fast as a forest.
+All are scored on the same folds, a 5-fold cross-validation that is repeated 30 times, on the
+training part of scikit-learn's breast cancer data. The script then asks MLflow for the best
+one, and computes how probable it is that each of the others is worse, or practically the
+same. Of those that are practically as good as the best, it recommends one that answers fast.
+You will see that a scaled logistic regression leads, that an SVM is practically the same, and
+that both answer more than twice as fast as a forest.
 
     python model_comparison.py
     python model_comparison.py --csv customers.csv --target churned --metric f1
@@ -29,7 +30,7 @@ It leaves this in the store (sqlite:///mlflow.db, or MLFLOW_TRACKING_URI where t
 #     "numpy>=1.26,<2.5",
 # ]
 # ///
-# These bring along joblib, matplotlib, scipy, skops and threadpoolctl.
+# joblib, matplotlib, packaging, scipy, skops, SQLAlchemy and threadpoolctl come with these.
 
 import ast
 import logging
@@ -56,6 +57,7 @@ from urllib.parse import quote, unquote
 import mlflow
 import numpy as np
 import pandas as pd
+import sqlalchemy
 from joblib import Parallel, delayed
 from matplotlib.figure import Figure
 from scipy import stats
@@ -82,22 +84,22 @@ from sklearn.svm import SVC, LinearSVC
 from threadpoolctl import threadpool_limits
 
 EXPERIMENT = "model-comparison"
-SEED = 42  # of the split, the folds, the models and the rows that are timed
-TEST_SIZE = 0.2  # share of the rows held out: they choose no model
+SEED = 42  # for the split, the folds, the models and the rows that are timed
+TEST_SIZE = 0.2  # share of the rows held out: not used to choose a model
 FOLDS = 5
-REPEATS = 30  # of the folds, each time shuffled anew; fewer if there are more than 500 rows
+REPEATS = 30  # of the folds, shuffled anew each time; fewer for a large table, see make_folds
 
 # Region of practical equivalence: a difference of up to this does not matter.
 ROPE = 0.01
-# Highest accepted probability that the recommended model is worse than the best by more than ROPE,
-# and that it does not beat the baseline.
+# Highest accepted probability that the recommended model is worse than the best by more than
+# ROPE; and, separately, that it does not beat the baseline.
 RISK = 0.2
 # Latencies up to this many times the lowest count as equal.
 NOISE = 1.1
 
-# The choices of --metric: functions of the true and the predicted classes. Higher must be better;
-# add an error as its negative, like scikit-learn's neg_ scorers. F1, precision and recall are macro
-# averages, in which every class counts the same.
+# The choices of --metric: functions of the true and the predicted classes. Higher must be
+# better: to use an error, negate it, like scikit-learn's neg_ scorers. F1, precision and
+# recall are macro averages, in which every class counts the same.
 METRICS = {
     "accuracy": accuracy_score,
     "balanced_accuracy": balanced_accuracy_score,
@@ -106,8 +108,8 @@ METRICS = {
     "recall": partial(recall_score, average="macro", zero_division=0),
 }
 
-# Types that skops does not load unless they are named. They run no code. But a damaged file of
-# trees can crash the process that predicts with it (skops pull request 535).
+# skops loads these types only if they are named. Loading them runs no code, but a damaged
+# tree can crash the process that predicts with it (skops pull request 535).
 TRUSTED = [
     "numpy.dtype",
     "sklearn.tree._tree.Tree",
@@ -122,7 +124,7 @@ class UserError(Exception):
 
 
 class Refused(UserError):
-    """Nothing is broken, but there is no result that should be used."""
+    """There is no result that should be used. The exit code tells it from bad input."""
 
     exit_code = 1
 
@@ -142,25 +144,25 @@ def main(argv=None):
         comparison_id = comparison.info.run_id
         log_rows(training=train, testing=test)
         baseline = score_folds(DummyClassifier(), train.X, train.y, folds, METRICS)
-        scores = pd.DataFrame({"baseline": baseline[metric]})
+        fold_scores = pd.DataFrame({"baseline": baseline[metric]})
         with start_scoring(candidates, folds, train, METRICS) as results:
             for result in show_progress(results, len(candidates)):
                 params = candidates[result.name].get_params()
                 if log_candidate(result, params, train, test, METRICS, TRUSTED):
-                    scores[result.name] = result.scores[metric]
+                    fold_scores[result.name] = result.scores[metric]
 
         models = find_best_models(experiment_id, comparison_id, metric, train)
         if not models:
             raise Refused("every candidate failed; the tag `error` of its run says why")
 
-        log_probabilities(models, scores, ROPE, RISK, FOLDS)
+        log_probabilities(models, fold_scores, ROPE, RISK, FOLDS)
         # The workers are quiet by now, so these are the times of the models alone.
         log_serving_costs(models, train, SEED)
 
         table = load_results(experiment_id, comparison_id, metric)
         recommended = recommend(table, RISK, NOISE)
-        log_choice(table, recommended, scores, metric, train)
-        log_report(table, scores, models[0], test, metric, ROPE, FOLDS)
+        log_choice(table, recommended, fold_scores, metric, train)
+        log_report(table, fold_scores, models[0], test, metric, ROPE, FOLDS)
 
     print_report(comparison_id, table, metric, ROPE)
     print(how_to_load_the_best(experiment_id, comparison_id, metric, train))
@@ -205,7 +207,9 @@ def make_candidates(n_rows, seed):
 def load_tuned_forest(search_id, train, seed):
     """Return an unfitted forest with the best parameters of a search by hyperparameter_tuning.py.
 
-    Raises UserError unless the search is finished, and was made on the same training rows.
+    They were chosen on these rows, so its scores on the folds are a little too good; its
+    score on the hold-out is not. Raises UserError unless the search is finished, and was made
+    on these rows.
     """
     search = mlflow.get_run(search_id)
     same_rows = search.data.params.get("training_digest") == train.dataset.digest
@@ -222,15 +226,16 @@ def load_tuned_forest(search_id, train, seed):
 def make_folds(train, n_folds, most_repeats, seed):
     """Return the rows of each fold, as pairs of positions: to train on, and to score on.
 
-    There are at most `most_repeats` repeats, and at least two. Many rows tell as much in fewer.
+    There are at most `most_repeats` repeats, and at least two: many rows need fewer.
     """
+    # In all, 15,000 rows to score are enough.
     repeats = max(2, min(most_repeats, 15_000 // len(train.X)))
     splitter = RepeatedStratifiedKFold(n_splits=n_folds, n_repeats=repeats, random_state=seed)
     return list(splitter.split(train.X, train.y))
 
 
 def score_folds(model, X, y, folds, metrics):
-    """Return the scores of a model on all folds, one after another, as a DataFrame."""
+    """Score a model on all folds, one after another. Return a DataFrame with a row for each."""
     return pd.DataFrame([score_fold(model, X, y, fold, metrics) for fold in folds])
 
 
@@ -262,8 +267,8 @@ class Result(NamedTuple):
 def start_scoring(candidates, folds, train, metrics):
     """Score the candidates on all cores; yield an iterator over their Results, in the same order.
 
-    All folds of all candidates stand in one queue, so that no core idles between two candidates.
-    At the end of the `with` block, what still runs is stopped.
+    All folds of all candidates stand in one queue, so that no core idles between two
+    candidates. At the end of the `with` block, what still runs is stopped.
     """
     tasks = []
     for candidate in candidates.values():
@@ -272,6 +277,7 @@ def start_scoring(candidates, folds, train, metrics):
             tasks.append(delayed(attempt)(score_fold, model, train.X, train.y, fold, metrics))
         tasks.append(delayed(attempt)(model.fit, train.X, train.y))
     with run_in_parallel(tasks, "generator") as outcomes:
+        # They come in the order of the tasks: for each candidate its folds, then its model.
         yield (collect_result(name, outcomes, len(folds)) for name in candidates)
 
 
@@ -288,11 +294,11 @@ def run_in_parallel(tasks, return_as):
         results = Parallel(n_jobs=-1, return_as=return_as)(tasks)
     finally:
         signal.signal(signal.SIGINT, ctrl_c)
-    # On a machine without psutil and `pgrep`, joblib stops its workers by a method that they lack.
+    # Without psutil and `pgrep`, joblib calls worker.kill(), which its workers do not have.
     for worker in set(multiprocessing.active_children()) - set(others):
         worker.kill = worker.terminate
     with warnings.catch_warnings():
-        # There, and wherever tasks are given up, joblib warns.
+        # joblib warns when tasks are given up, as after Ctrl-C.
         warnings.filterwarnings("ignore", module="joblib")
         try:
             yield results
@@ -301,31 +307,30 @@ def run_in_parallel(tasks, return_as):
 
 
 def attempt(function, *args):
-    """Return what the function returns, or the exception that it raises: the others go on."""
+    """Return what the function returns, or the exception that it raises, so that others go on."""
     try:
         return function(*args)
     except Exception as error:
         return error
 
 
-def collect_result(name, outcomes, n_folds):
-    """Take the folds and the fitted model of one candidate from the iterator of outcomes."""
-    own = list(islice(outcomes, n_folds + 1))
+def collect_result(name, outcomes, n_scores):
+    """Take the scores and the fitted model of the next candidate from the iterator of outcomes."""
+    own = list(islice(outcomes, n_scores + 1))
     for outcome in own:
         if isinstance(outcome, Exception):
             return Result(name, model=None, scores=pd.DataFrame(), error=outcome)
-    *fold_scores, model = own
-    return Result(name, model, pd.DataFrame(fold_scores), error=None)
+    *scores, model = own
+    return Result(name, model, pd.DataFrame(scores), error=None)
 
 
 def show_progress(results, total):
-    """Pass each result on; after it has been logged, print it and the time that is left."""
+    """Pass each result on, then print its name and the time that is left."""
     started = time.perf_counter()
     for done, result in enumerate(results, start=1):
-        yield result
+        yield result  # the caller logs it
         seconds_left = (time.perf_counter() - started) * (total - done) / done
-        outcome = "failed" if result.error else "scored"
-        print(f"{done:3}/{total} {seconds_left:4.0f} s left  {result.name} {outcome}", flush=True)
+        print(f"{done:3}/{total} {seconds_left:4.0f} s left  {result.name} done", flush=True)
 
 
 def log_candidate(result, params, train, test, metrics, trusted_types):
@@ -337,15 +342,14 @@ def log_candidate(result, params, train, test, metrics, trusted_types):
     with mlflow.start_run(run_name=result.name, nested=True):
         mlflow.log_params(params)
         log_rows(training=train, testing=test)
-        error = result.error
-        if error is None:
-            try:
-                model_id = log_model(result.model, train.X, trusted_types)
-                test_scores = score_logged_model(model_id, test, metrics)
-            except Exception as caught:
-                error = caught
-        if error is not None:
-            mlflow.set_tag("error", f"{type(error).__name__}: {error}")
+        try:
+            if result.error is not None:
+                raise result.error
+            model_id = log_model(result.model, train.X, trusted_types)
+            test_scores = score_logged_model(model_id, test, metrics)
+        except Exception as error:
+            first_line = str(error).partition("\n")[0]
+            mlflow.set_tag("error", f"{type(error).__name__}: {first_line}")
             mlflow.end_run("FAILED")
             return False
 
@@ -369,7 +373,7 @@ def summarize_folds(scores):
     """Return the means over the folds as cv_METRIC, cv_METRIC_std beside it, and fit_seconds."""
     summary = {"fit_seconds": scores["fit_seconds"].mean()}
     for metric in scores.columns.drop("fit_seconds"):
-        # Rounded, so that equal means are equal: the last bits depend on the order of the sum.
+        # Rounded, so that ties are ties: sums in another order differ in their last bits.
         summary[f"cv_{metric}"] = round(scores[metric].mean(), 12)
         summary[f"cv_{metric}_std"] = scores[metric].std(ddof=0)
     return summary
@@ -378,7 +382,7 @@ def summarize_folds(scores):
 def find_best_models(experiment_id, comparison_id, metric, train):
     """Ask MLflow for the models of a comparison. Return a list of LoggedModel, the best first.
 
-    Of equal scores, the first candidate in the list wins. Candidates that failed are left out.
+    Of equal scores, the first candidate in the list wins. Failed candidates are left out.
     """
     best_first = {
         "field_name": f"metrics.cv_{metric}",
@@ -395,31 +399,29 @@ def find_best_models(experiment_id, comparison_id, metric, train):
     )
 
 
-def log_probabilities(models, scores, rope, risk, n_folds):
+def log_probabilities(models, fold_scores, rope, risk, n_folds):
     """Log how each model compares with the best and with the baseline. `models`: the best first.
 
-    `scores` holds a row for each fold, with a column for each model and one for the baseline.
+    `fold_scores` has a row for each fold, and a column for each model and the baseline.
     """
     best = models[0].tags["candidate"]
     for model in models:
         name = model.tags["candidate"]
-        p = probabilities(scores[name] - scores[best], rope, n_folds)
-        above = probabilities(scores[name] - scores["baseline"], 0, n_folds)["p_better"]
+        p = probabilities(fold_scores[name] - fold_scores[best], rope, n_folds)
+        above = probabilities(fold_scores[name] - fold_scores["baseline"], 0, n_folds)["p_better"]
         p["p_above_baseline"] = above
         mlflow.log_metrics(p, run_id=model.source_run_id)
-        verdict = say_verdict(p, risk)
-        if name == best and above >= 1 - risk:
-            verdict = "the best"
+        verdict = say_verdict(p, name == best, risk)
         mlflow.MlflowClient().set_tag(model.source_run_id, "verdict", verdict)
 
 
 def probabilities(differences, rope, n_folds):
-    """Return how probable it is that a model is worse than another, practically the same, better.
+    """Return the probabilities that a model is worse than another, practically the same, or better.
 
-    This is the Bayesian correlated t-test of Benavoli, Corani, Demšar and Zaffalon (Journal of
-    Machine Learning Research 18, 2017). `differences` are the scores of the one model minus those
-    of the other, on the same folds of (repeated) cross-validation with `n_folds` folds. A
-    difference of up to `rope` counts as none.
+    This is the Bayesian correlated t-test of Benavoli, Corani, Demšar and Zaffalon (Journal
+    of Machine Learning Research 18, 2017). `differences` are the scores of the one model
+    minus those of the other, on the same folds of (repeated) cross-validation with `n_folds`
+    folds. A difference of up to `rope` counts as none.
     """
     posterior = posterior_of_mean(differences, n_folds)
     p_worse = posterior.cdf(-rope)
@@ -428,11 +430,11 @@ def probabilities(differences, rope, n_folds):
 
 
 def posterior_of_mean(differences, n_folds):
-    """Return what is known of the mean difference: a Student distribution (SciPy).
+    """Return the posterior of the mean difference, a Student t distribution from scipy.stats.
 
-    Folds share training rows, so their scores are correlated. The variance of the mean is therefore
-    not variance / n, but variance * (1 / n + test rows / training rows) (Nadeau and Bengio, Machine
-    Learning 52, 2003).
+    Folds share training rows, so their scores are correlated. The variance of the mean is
+    therefore not variance / n, but variance * (1 / n + test rows / training rows) (Nadeau and
+    Bengio, Machine Learning 52, 2003).
     """
     n = len(differences)
     variance = differences.var(ddof=1) * (1 / n + 1 / (n_folds - 1))
@@ -440,10 +442,12 @@ def posterior_of_mean(differences, n_folds):
     return stats.t(df=n - 1, loc=differences.mean(), scale=max(variance**0.5, 1e-12))
 
 
-def say_verdict(p, risk):
+def say_verdict(p, is_best, risk):
     """Put the probabilities of a model, against the best and against the baseline, into words."""
     if p["p_above_baseline"] < 1 - risk:
         return "not shown to beat the baseline"
+    if is_best:
+        return "the best"
     # From 95 % on, nobody says "probably".
     if p["p_worse"] >= 0.95:
         return f"worse, {p['p_worse']:.0%}"
@@ -466,8 +470,8 @@ def log_serving_costs(models, train, seed):
 def measure_serving_cost(served, X, seed):
     """Return latency, throughput and size of a model as MLflow serves it, on one core.
 
-    `served` is what mlflow.pyfunc.load_model returns; it checks each row before it predicts. The
-    latency is for a request of one row.
+    `served` is what mlflow.pyfunc.load_model returns; it checks each row before it predicts.
+    The latency is for a request of one row.
     """
     row = X.head(1)
     batch = X.sample(10_000, replace=True, random_state=seed)
@@ -496,11 +500,11 @@ def load_results(experiment_id, comparison_id, metric):
 
 
 def recommend(results, risk, noise):
-    """Return the run of the fastest candidate that is practically as good as the best.
+    """Return the run of the best of the fast candidates that are practically as good as the best.
 
-    It is worse than the best by more than ROPE with probability `risk` or less, and better than the
-    baseline with probability `1 - risk` or more. Latencies of up to `noise` times the lowest
-    count as equal: of those, the best score wins. `results` has the best first. Returns None if no
+    As good: worse than the best by more than ROPE with probability `risk` or less, and better
+    than the baseline with probability `1 - risk` or more. Fast: with a latency of up to
+    `noise` times the lowest of those. `results` has the best first. Returns None if no
     candidate qualifies.
     """
     as_good = results["metrics.p_worse"] <= risk
@@ -513,28 +517,28 @@ def recommend(results, risk, noise):
     return fast.iloc[0]
 
 
-def log_choice(results, recommended, scores, metric, train):
+def log_choice(results, recommended, fold_scores, metric, train):
     """Log to the active run which model is the best, which is recommended, and the baseline."""
     recommended_name = "none" if recommended is None else recommended["tags.mlflow.runName"]
     mlflow.log_param("best_model", results["tags.mlflow.runName"].iloc[0])
     mlflow.log_param("recommended_model", recommended_name)
     best_score = results[f"metrics.cv_{metric}"].iloc[0]
     mlflow.log_metric(f"best_cv_{metric}", best_score, dataset=train.dataset)
-    baseline_score = scores["baseline"].mean()
+    baseline_score = fold_scores["baseline"].mean()
     mlflow.log_metric(f"baseline_cv_{metric}", baseline_score, dataset=train.dataset)
 
 
-def log_report(results, scores, best, test, metric, rope, n_folds):
+def log_report(results, fold_scores, best, test, metric, rope, n_folds):
     """Log the tables and the picture to the active run, and a table as its description."""
     names = results["tags.mlflow.runName"].rename("model")
     numbers = results.filter(like="metrics.").rename(columns=lambda c: c.removeprefix("metrics."))
     full_table = numbers.assign(verdict=results["tags.verdict"]).set_index(names)
     mlflow.log_text(full_table.to_csv(), "comparison.csv")
-    mlflow.log_text(scores.to_csv(index_label="fold"), "folds.csv")
+    mlflow.log_text(fold_scores.to_csv(index_label="fold"), "folds.csv")
 
     figure = Figure(figsize=(13, 4.5), layout="constrained")
     differences_axes, costs_axes, matrix_axes = figure.subplots(1, 3)
-    draw_differences(differences_axes, scores, list(names), metric, rope, n_folds)
+    draw_differences(differences_axes, fold_scores, list(names), metric, rope, n_folds)
     draw_costs(costs_axes, results, metric)
     predicted = mlflow.pyfunc.load_model(best.model_uri).predict(test.X)
     draw_confusion(matrix_axes, test.y, predicted, f"{names.iloc[0]} on the hold-out")
@@ -543,11 +547,11 @@ def log_report(results, scores, best, test, metric, rope, n_folds):
     mlflow.set_tag("mlflow.note.content", to_markdown(format_candidates(results, metric)))
 
 
-def draw_differences(axes, scores, names, metric, rope, n_folds):
+def draw_differences(axes, fold_scores, names, metric, rope, n_folds):
     """Draw how far each model is from the first one, with 95 % intervals and the ROPE."""
     for name in names:
-        if name in scores:
-            posterior = posterior_of_mean(scores[name] - scores[names[0]], n_folds)
+        if name in fold_scores:
+            posterior = posterior_of_mean(fold_scores[name] - fold_scores[names[0]], n_folds)
             low, high = posterior.interval(0.95)
             axes.plot([low, high], [name, name], color="tab:blue", linewidth=3)
             axes.plot(posterior.mean(), name, "o", color="tab:blue", markersize=9)
@@ -564,7 +568,7 @@ def draw_costs(axes, results, metric):
     points = results.dropna(subset="metrics.latency_ms_p50").sort_values("metrics.latency_ms_p50")
     latency = points["metrics.latency_ms_p50"]
     score = points[f"metrics.cv_{metric}"]
-    # From fast to slow, a model is on the front if it scores higher than every faster one.
+    # From fast to slow, a model is on the line if it scores higher than every faster one.
     front = score > score.cummax().shift(fill_value=-np.inf)
     axes.plot(latency, score, "o", color="lightgray", markersize=9)
     axes.plot(latency[front], score[front], "o--", color="tab:blue", markersize=9)
@@ -649,7 +653,7 @@ def print_report(comparison_id, results, metric, rope):
 def how_to_load_the_best(experiment_id, comparison_id, metric, train):
     """Return code that loads the best model of a comparison, in any process with this store."""
     return f"""
-Load the best model in any process with the same tracking URI:
+Load the model with the best {metric} in any process with the same tracking URI:
 
     import mlflow
 
@@ -671,8 +675,8 @@ Load the best model in any process with the same tracking URI:
 """
 
 
-# The rest is the same in all three scripts, so you need to read it only once: rows, model, store,
-# and the end of the program.
+# The rest is the same in all three scripts, so you need to read it only once. It loads the
+# rows, logs the model, opens the store and ends the program.
 
 
 class Rows(NamedTuple):
@@ -686,9 +690,10 @@ class Rows(NamedTuple):
 def load_data(csv=None, target="diagnosis", test_size=0.2, seed=42):
     """Load a table and split it into training rows and hold-out rows, stratified by class.
 
-    The table is a CSV file with a header, or scikit-learn's breast cancer data. Rows without a
-    class are left out. Numbers and true/false become floats, which can hold gaps; text stays.
-    Returns two Rows. Raises UserError if the table cannot be read, or the target not be learned.
+    The table is a CSV file with a header, or scikit-learn's breast cancer data. Rows without
+    a class are left out. Numbers and true/false become floats, which can hold gaps; text
+    stays. Returns two Rows. Raises UserError if the table cannot be read, or its target not
+    be predicted.
     """
     name = table_name(csv)
     table = read_table(csv)
@@ -696,7 +701,8 @@ def load_data(csv=None, target="diagnosis", test_size=0.2, seed=42):
         columns = ", ".join(repr(column) for column in table)
         raise UserError(f"{name} needs {target!r} and more columns, but has {columns}")
 
-    # A class is text, also in answers. Where the column has gaps, class 1 must not become "1.0".
+    # Classes are text, and so are predictions. convert_dtypes() keeps class 1 from becoming
+    # "1.0" in a column with gaps.
     labels = table[target].dropna().convert_dtypes().astype(str)
     features = table.drop(columns=target).loc[labels.index]
     features = features.apply(lambda column: column.astype("float64", errors="ignore"))
@@ -760,7 +766,7 @@ def check_features(features):
 
 def make_rows(X, y, name):
     """Return Rows with an MLflow data set of this name."""
-    # MLflow looks for the commit of this file. Without git on the machine, it prints much advice.
+    # MLflow looks for the commit of this file. Where git is missing, it prints much advice.
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
     table = pd.concat([X, y], axis="columns")
     return Rows(X, y, mlflow.data.from_pandas(table, targets=y.name, name=name))
@@ -769,9 +775,9 @@ def make_rows(X, y, name):
 def add_preprocessing(model, X):
     """Return a pipeline of the model that takes raw rows with the columns of X.
 
-    A missing number becomes the mean of its column; then all numbers are scaled. A missing text is
-    a value of its own. Text is one-hot encoded, in 20 columns at most: where there are more
-    values, the rarest share one. A value that was not seen in training becomes all zeros.
+    A missing number becomes the mean of its column; then all numbers are scaled. A missing
+    text is a value of its own. Text is one-hot encoded, in 20 columns at most: where there
+    are more values, the rarest share one. Values not seen in training become all zeros.
     """
     numbers = make_pipeline(SimpleImputer(keep_empty_features=True), StandardScaler())
     gap_value = {"strategy": "constant", "keep_empty_features": True}
@@ -798,8 +804,8 @@ def log_rows(**rows):
     try:
         mlflow.log_inputs(**inputs)
     except mlflow.MlflowException:
-        # Another process has logged the same new rows at the same moment, and MLflow has refused
-        # to store them twice. They are stored now, so a second call finds them.
+        # Another process has logged the same new rows at the same moment, and MLflow has
+        # refused to store them twice. They are stored now, so a second call finds them.
         mlflow.log_inputs(**inputs)
 
 
@@ -812,8 +818,8 @@ def log_model(model, X, trusted_types):
     logged = mlflow.sklearn.log_model(
         model,
         name="model",
-        # A pickle can run any code when it is loaded. Skops loads the types that it knows, and
-        # those that are named here.
+        # A pickle can run any code when it is loaded. Skops loads the types that it knows,
+        # and those that are named here.
         serialization_format="skops",
         skops_trusted_types=trusted_types,
         signature=mlflow.models.infer_signature(X, model.predict(X)),
@@ -826,8 +832,8 @@ def log_model(model, X, trusted_types):
 def open_store(experiment):
     """Select an experiment in the store of MLFLOW_TRACKING_URI, or in mlflow.db in this folder.
 
-    Store and experiment are made if they do not exist. Returns the ID of the experiment. Raises
-    UserError if the store cannot be opened.
+    Store and experiment are made if they do not exist. Returns the ID of the experiment.
+    Raises UserError if the store cannot be opened.
     """
     for name in ("MLFLOW_RUN_ID", "MLFLOW_REGISTRY_URI"):
         if os.environ.get(name):
@@ -837,12 +843,13 @@ def open_store(experiment):
     quieten_mlflow()
 
     uri = mlflow.get_tracking_uri()
-    # Once it is open, wait about a minute for a server that restarts.
+    # For the calls after this function: they wait about a minute for a server that restarts.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "5")
     try:
         with impatient_requests(), one_process_at_a_time(uri):
+            connect_once(uri)
             mlflow.set_experiment(experiment)
-            # If another process made it at the same moment, MLflow has not selected it yet.
+            # If another process made it at the same moment, the first call does not select it.
             return mlflow.set_experiment(experiment).experiment_id
     except Exception as error:
         message = f"cannot open the store {uri} (down, locked, full, or a wrong login?): {error}"
@@ -862,7 +869,11 @@ def quieten_mlflow():
 @contextmanager
 def impatient_requests():
     """Let requests fail after seconds if the server does not answer, instead of minutes."""
-    settings = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
+    settings = {
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
+        "PGCONNECT_TIMEOUT": "5",
+    }
     before = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)
     try:
@@ -874,9 +885,22 @@ def impatient_requests():
                 os.environ[name] = value
 
 
+def connect_once(uri):
+    """Raise an error if the store is a database server that cannot be reached.
+
+    MLflow itself would try for 100 seconds, in silence.
+    """
+    if not uri.startswith(("http", "sqlite", "file", "databricks")):
+        sqlalchemy.create_engine(uri).connect().close()
+
+
 @contextmanager
 def one_process_at_a_time(uri):
-    """Let one process make the tables of a new SQLite store, while others wait for it."""
+    """Let one process make the tables of a new SQLite store, while others wait for it.
+
+    The lock is an SQLite database of its own. That works on every system, and if the process
+    ends, so does the lock.
+    """
     if not uri.startswith("sqlite:///"):
         yield
         return
@@ -887,7 +911,7 @@ def one_process_at_a_time(uri):
 
 
 def where_to_look(experiment_id, order_by="attributes.start_time"):
-    """Return how to see the runs of an experiment in the MLflow UI, the highest first."""
+    """Return how to see the runs of an experiment in the MLflow UI, by `order_by`, descending."""
     uri = mlflow.get_tracking_uri()
     page = f"#/experiments/{experiment_id}/runs?workflowType=machine_learning"
     page += f"&orderByKey={quote(order_by)}&orderByAsc=false"
@@ -899,7 +923,9 @@ def where_to_look(experiment_id, order_by="attributes.start_time"):
 
 def command_line(script, *options, args):
     """Return the command that starts a script of this folder on the same data and metric."""
-    command = ["python", str(Path(sys.argv[0]).with_name(script)), *options]
+    path = Path(sys.argv[0]).with_name(script)
+    # A notebook's argv[0] is a file of Jupyter, with no script beside it.
+    command = ["python", str(path if path.is_file() else script), *options]
     if args.csv is not None:
         command += ["--csv", args.csv, "--target", args.target]
     if args.metric != "accuracy":
@@ -948,8 +974,8 @@ def run_as_program(main):
 def interrupt_after_mlflow_call(signal_number, frame, deadline=None):
     """Let Ctrl-C stop the program, but only after a call of MLflow that is under way.
 
-    Otherwise, a write that is cut short leaves a run RUNNING, or the database locked. After half a
-    minute, it stops all the same: a server may be away.
+    Otherwise, a write that is cut short leaves a run RUNNING, or the database locked. After
+    half a minute, it stops all the same: a server may be away.
     """
     deadline = deadline or time.monotonic() + 30
     while frame is not None and time.monotonic() < deadline:

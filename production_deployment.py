@@ -1,9 +1,9 @@
 """Take a model to production with MLflow: register, stage, validate, promote, predict, roll back.
 
-A scaled logistic regression is trained on scikit-learn's breast cancer data and registered (with
---model-uri: any logged scikit-learn model). The new version gets the alias `staging`. It is loaded
-back and must pass a gate on the hold-out, where it is also compared with the version in production.
-Only then does the alias `production` move to it.
+A scaled logistic regression is trained on scikit-learn's breast cancer data and registered
+(with --model-uri: any logged scikit-learn model). The new version gets the alias `staging`.
+It is loaded back and must pass a gate on the hold-out, where it is also compared with the
+version in production. Only then does the alias `production` move to it.
 
     python production_deployment.py
     python production_deployment.py --model-uri runs:/RUN_ID/model
@@ -14,11 +14,13 @@ Only then does the alias `production` move to it.
 It leaves this in the store (sqlite:///mlflow.db, or MLFLOW_TRACKING_URI where that is set):
 
     experiment production-deployment
-    └── deployment          metrics of the gate, gate.png, deployment_guide.md; `model`, if trained
+    ├── deployment          metrics of the gate, gate.png, deployment_guide.md; `model`, if trained
+    └── rollback            which version it put back into production
     registered model breast-cancer-classifier
     └── version 1, 2, …     with its verdict; aliases staging, production and previous
 
-Exit code 0: promoted, or rolled back. 1: refused. 2: bad input, or a store that fails.
+Exit code 0: promoted, or rolled back. 1: refused. 2: bad input, or a store that fails; if it
+failed late, --history tells whether the version was promoted.
 """
 
 # /// script
@@ -30,7 +32,7 @@ Exit code 0: promoted, or rolled back. 1: refused. 2: bad input, or a store that
 #     "numpy>=1.26,<2.5",
 # ]
 # ///
-# These bring along joblib, matplotlib, scipy, skops and threadpoolctl.
+# joblib, matplotlib, packaging, scipy, skops, SQLAlchemy and threadpoolctl come with these.
 
 import logging
 import os
@@ -56,8 +58,10 @@ from urllib.parse import quote, unquote
 import mlflow
 import numpy as np
 import pandas as pd
+import sqlalchemy
 from matplotlib.figure import Figure
 from mlflow.models import EvaluationResult, MetricThreshold, Model
+from packaging.version import Version
 from sklearn.compose import make_column_transformer
 from sklearn.datasets import load_breast_cancer
 from sklearn.dummy import DummyClassifier
@@ -76,9 +80,9 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
 EXPERIMENT = "production-deployment"
-SEED = 42  # of the split and of the bootstrap
-TEST_SIZE = 0.2  # share of the rows held out, for the gate
-TOLERANCE = 0.02  # how much lower than production's a score may be
+SEED = 42  # for the split and the bootstrap
+TEST_SIZE = 0.2  # share of the rows held out: for the gate
+TOLERANCE = 0.02  # how far a score may fall below production's
 
 # A version is promoted only if every metric is within its limit.
 GATE = {
@@ -86,22 +90,24 @@ GATE = {
     "score": MetricThreshold(threshold=0.93, greater_is_better=True),
     # The score minus that of always answering the most frequent class.
     "above_baseline": MetricThreshold(threshold=0.01, greater_is_better=True),
-    # The score of the version in production minus this score; and the probability that this
-    # difference exceeds TOLERANCE on other rows.
+    # The score of the version in production minus this score.
     "below_production": MetricThreshold(threshold=TOLERANCE, greater_is_better=False),
+    # The probability that this difference would exceed TOLERANCE on other rows.
     "p_below_production": MetricThreshold(threshold=0.2, greater_is_better=False),
-    # The best score that was ever in production minus this score. Small losses add up.
+    # The best score that was ever in production minus this score. Without this limit, many
+    # small losses could add up.
     "below_best_ever": MetricThreshold(threshold=TOLERANCE, greater_is_better=False),
     # The median time of predict() for one row, in this process: without HTTP.
     "latency_ms": MetricThreshold(threshold=50, greater_is_better=False),
-    # 1 is yes, 0 is no.
+    # Whether it answers the example of a request that was saved with it: 1 or 0.
     "answers_its_example": MetricThreshold(threshold=1, greater_is_better=True),
+    # Whether it refuses rows that lack a column: 1 or 0.
     "refuses_a_missing_column": MetricThreshold(threshold=1, greater_is_better=True),
 }
 
-# The choices of --metric: functions of the true and the predicted classes. Higher must be better;
-# add an error as its negative, like scikit-learn's neg_ scorers. F1, precision and recall are macro
-# averages, in which every class counts the same.
+# The choices of --metric: functions of the true and the predicted classes. Higher must be
+# better: to use an error, negate it, like scikit-learn's neg_ scorers. F1, precision and
+# recall are macro averages, in which every class counts the same.
 METRICS = {
     "accuracy": accuracy_score,
     "balanced_accuracy": balanced_accuracy_score,
@@ -110,8 +116,8 @@ METRICS = {
     "recall": partial(recall_score, average="macro", zero_division=0),
 }
 
-# Types that skops does not load unless they are named. They run no code. But a damaged file of
-# trees can crash the process that predicts with it (skops pull request 535).
+# skops loads these types only if they are named. Loading them runs no code, but a damaged
+# tree can crash the process that predicts with it (skops pull request 535).
 TRUSTED = [
     "numpy.dtype",
     "sklearn.tree._tree.Tree",
@@ -126,7 +132,7 @@ class UserError(Exception):
 
 
 class Refused(UserError):
-    """Nothing is broken, but there is no result that should be used."""
+    """There is no result that should be used. The exit code tells it from bad input."""
 
     exit_code = 1
 
@@ -144,17 +150,17 @@ def main(argv=None):
 
 def deploy(args, name):
     """Register a model as a new version, validate it, and promote it if it passes the gate."""
+    check_skops()
     train, test = load_data(args.csv, args.target, TEST_SIZE, SEED)
     experiment_id = open_store(EXPERIMENT)
     champion = load_champion(name, train, TRUSTED)
-    model_id = None
     if args.model_uri is not None:
         model_id = check_logged_model(args.model_uri, train, TRUSTED)
 
     with mlflow.start_run(run_name="deployment"):
         mlflow.log_param("metric", args.metric)
         log_rows(training=train, testing=test)
-        if model_id is None:
+        if args.model_uri is None:
             model_id = train_model(train, TRUSTED)
         version = register(name, model_id, train)
 
@@ -189,7 +195,11 @@ def parse_args(argv):
     """Return the options of the command line."""
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--csv", metavar="FILE", help="use this table, not the breast cancer data")
+    add(
+        "--csv",
+        metavar="FILE",
+        help="use this table, not the breast cancer data; names the model",
+    )
     add("--target", default="diagnosis", help="the column to predict")
     add("--metric", choices=METRICS, default="accuracy", help="the gate's score")
     add("--model-uri", help="deploy this logged model: models:/m-… or runs:/RUN_ID/model")
@@ -215,16 +225,18 @@ class Champion(NamedTuple):
 def load_champion(name, train, trusted_types):
     """Return the Champion of a registered model.
 
-    One that may not be loaded, such as a pickle, does not block a better model: a note is printed,
-    and the candidate is not compared with it.
+    One that cannot be used, such as a pickle or one for other columns, does not block a
+    better model: a note is printed, and the candidate is not compared with it. Raises
+    UserError if its files cannot be fetched.
     """
     version = get_aliases(name).get("production")
     if version is None:
         return Champion(None, None)
+    model_uri = f"models:/{name}/{version}"
     try:
-        model = load_checked(f"models:/{name}/{version}", train.X.columns, trusted_types)
-        check_answers(model, f"models:/{name}/{version}", train)
-    except UnsafeModel as error:
+        model = load_checked(model_uri, train.X.columns, trusted_types)
+        check_answers(model, model_uri, train)
+    except UnusableModel as error:
         print(f"Note: the candidate is not compared with version {version} in production: {error}")
         return Champion(version, None)
     if trained_on_other_rows(model.model_id, train):
@@ -242,27 +254,31 @@ def check_logged_model(model_uri, train, trusted_types):
     """
     model = load_checked(model_uri, train.X.columns, trusted_types)
     check_answers(model, model_uri, train)
-    logged = mlflow.get_logged_model(model.model_id)  # raises if this store does not have it
-    model_id = logged.model_id
-    # The ID is from the model's own files, which can name another model.
-    names = {model_id, logged.source_run_id} - {None}
-    if model_uri.startswith(("models:/m-", "runs:/")) and not any(n in model_uri for n in names):
+    model_id = model.model_id
+    logged = mlflow.get_logged_model(model_id)  # raises an error if this store does not have it
+    # The ID is from the model's own files, which could name another model than the URI does.
+    ids = {model_id, logged.source_run_id}
+    if model_uri.startswith(("models:/m-", "runs:/")) and not ids & set(model_uri.split("/")):
         raise UserError(f"{model_uri} has the ID of another model, {model_id}")
     if not training_digests(model_id):
-        print("Note: the store does not know which rows the model was trained on", flush=True)
+        print("Note: the model's training rows are unknown; if it has seen the hold-out, its score")
+        print("      is too good", flush=True)
     if trained_on_other_rows(model_id, train):
         raise Refused(f"{model_uri} was trained on other rows, perhaps on those of the hold-out")
     return model_id
 
 
 def check_answers(model, model_uri, train):
-    """Raise UserError unless a loaded model predicts classes of the training rows."""
+    """Raise UnusableModel unless a loaded model predicts classes of the training rows."""
     try:
         answers = set(model.predict(train.X.head()))
     except Exception as error:
-        raise UnsafeModel(f"{model_uri} does not predict: {error}") from error
-    if not answers <= set(train.y):
-        raise UnsafeModel(f"{model_uri} predicts other classes, such as {answers.pop()!r}")
+        raise UnusableModel(f"{model_uri} does not predict: {error}") from error
+    others = answers - set(train.y)
+    if others:
+        raise UnusableModel(
+            f"{model_uri} predicts {others.pop()!r}, which is not one of the classes"
+        )
 
 
 def trained_on_other_rows(model_id, train):
@@ -274,9 +290,14 @@ def trained_on_other_rows(model_id, train):
 def training_digests(model_id):
     """Return the digests of the data sets that a model was trained on; none if unknown."""
     try:
-        run = mlflow.get_run(mlflow.get_logged_model(model_id).source_run_id)
-    except (mlflow.MlflowException, TypeError):  # TypeError: it was logged outside of a run
-        return set()
+        run_id = mlflow.get_logged_model(model_id).source_run_id
+        if run_id is None:  # it was logged outside of a run
+            return set()
+        run = mlflow.get_run(run_id)
+    except mlflow.MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":  # it was deleted
+            return set()
+        raise
     return {
         dataset_input.dataset.digest
         for dataset_input in run.inputs.dataset_inputs
@@ -338,11 +359,14 @@ def compare(candidate, champion, test, score, tolerance, seed):
 def compare_with_history(experiment_id, name, metric, test, score):
     """Return how far a score is below the best on this hold-out that was ever in production.
 
-    Returns no metric if there is none yet.
+    A version that was rolled back counts as well: delete its run to forget it. One whose
+    training rows are unknown does not count: it may have seen the hold-out. Returns no metric
+    if there is none yet.
     """
     promoted = mlflow.search_runs(
         [experiment_id],
         f"tags.registered_model = '{name}' AND tags.outcome = 'promoted'"
+        f" AND tags.training_rows = 'known'"
         f" AND tags.holdout_digest = '{test.dataset.digest}' AND params.metric = '{metric}'",
     )
     if promoted.empty:
@@ -353,8 +377,8 @@ def compare_with_history(experiment_id, name, metric, test, score):
 def probability_of_loss(y, answers, champion_answers, score, tolerance, seed, draws=1000):
     """Return how probable it is that a candidate loses to a champion by more than `tolerance`.
 
-    A paired bootstrap (Efron and Tibshirani, An Introduction to the Bootstrap, 1993): both are
-    scored on the same rows, which are drawn anew, with replacement, `draws` times.
+    A paired bootstrap (Efron and Tibshirani, An Introduction to the Bootstrap, 1993): both
+    are scored on the same rows, which are drawn anew, with replacement, `draws` times.
     """
     codes = np.concatenate([y, answers, champion_answers])
     if codes.dtype.kind not in "iuf":
@@ -440,8 +464,9 @@ def draw_confusion(axes, y, predicted, title):
 def choose_gate(gate, metrics, min_score, csv):
     """Return the limits that apply, by metric.
 
-    A first version is compared with nothing. The limit for the score is for the breast cancer data:
-    another table has none, unless `min_score` gives one.
+    A limit without a metric is left out: a first version, for instance, is compared with
+    nothing. The limit for the score is for the breast cancer data: another table has none,
+    unless `min_score` gives one.
     """
     limits = {name: limit for name, limit in gate.items() if name in metrics}
     if min_score is not None:
@@ -466,12 +491,14 @@ def log_verdict(name, version, champion, metrics, gate, missed, test):
     table = format_gate(metrics, gate)
     print(table.to_string(index=False), flush=True)
     verdict = "failed" if missed else "passed"
+    # A champion that cannot be used was not compared.
     compared_with = "none" if champion.model is None else champion.version
     description = (
         f"This version {verdict} the gate on {test.dataset.name} (digest {test.dataset.digest}). "
         f"Production version it was compared with: {compared_with}.\n\n{to_markdown(table)}"
     )
     client = mlflow.MlflowClient()
+    training_rows = client.get_model_version(name, version).tags.get("training_rows", "unknown")
     client.update_model_version(name, version, description)
     client.set_model_version_tag(name, version, "validation_status", verdict)
     client.set_model_version_tag(name, version, "compared_with", compared_with)
@@ -481,7 +508,8 @@ def log_verdict(name, version, champion, metrics, gate, missed, test):
             "version": version,
             "champion": champion.version or "none",
             "holdout_digest": test.dataset.digest,
-            "outcome": "refused" if missed else "passed",
+            "training_rows": training_rows,
+            "outcome": "refused" if missed else "passed",  # promote() changes it to "promoted"
             "mlflow.note.content": description,
         }
     )
@@ -490,19 +518,15 @@ def log_verdict(name, version, champion, metrics, gate, missed, test):
 def format_gate(metrics, gate):
     """Return the metrics and their limits as a table of text."""
     rows = []
-    for name, limit in gate.items():
-        side = "at least" if limit.greater_is_better else "at most"
-        margin = metrics[name] - limit.threshold
-        if not limit.greater_is_better:
-            margin = -margin
-        rows.append(
-            {
-                "metric": name,
-                "value": f"{metrics[name]:.4f}",
-                "limit": f"{side} {limit.threshold:g}",
-                "margin": f"{margin:+.4f}",
-            }
-        )
+    for name, value in metrics.items():
+        row = {"metric": name, "value": f"{value:.4f}", "limit": "none", "margin": ""}
+        if name in gate:
+            limit = gate[name]
+            side = "at least" if limit.greater_is_better else "at most"
+            sign = 1 if limit.greater_is_better else -1
+            row["limit"] = f"{side} {limit.threshold:g}"
+            row["margin"] = f"{sign * (value - limit.threshold):+.4f}"
+        rows.append(row)
     return pd.DataFrame(rows)
 
 
@@ -516,10 +540,11 @@ def to_markdown(table):
 def one_promotion_at_a_time(experiment_id, name, patience=60):
     """Wait until no other run promotes a version of this model, and let others wait for this one.
 
-    The registry has no lock and no compare-and-set. So a run first writes down that it promotes,
-    and then looks whether another one does: of two, at least one sees the other, and steps back. A
-    run that was killed in between counts for `patience` seconds. Raises UserError if the others are
-    still at it after that time.
+    The registry has no lock. So each run first tags itself as promoting, and then searches
+    for others. Of two runs, at least one sees the other and steps back. A tag counts for
+    `patience` seconds, as its run may have been killed: a promotion must be faster than that,
+    and the clocks of two machines must agree. Raises UserError if others still promote after
+    that time.
     """
     run_id = mlflow.active_run().info.run_id
     claims = f"tags.promoting = '{name}' AND attributes.status = 'RUNNING'"
@@ -536,9 +561,11 @@ def one_promotion_at_a_time(experiment_id, name, patience=60):
         if not others:
             break
         mlflow.delete_tag("promoting")
+        other_id = others[0].info.run_id
         if time.time() > deadline:
-            raise UserError(f"run {others[0].info.run_id} is promoting a version of {name}")
-        time.sleep(random.uniform(0.1, 1))
+            raise UserError(f"run {other_id} is promoting a version of {name}")
+        print(f"Wait for run {other_id}, which is promoting a version as well", flush=True)
+        time.sleep(random.uniform(0.1, 2))
     try:
         yield
     finally:
@@ -556,14 +583,15 @@ def promote(name, version, replaces, outcome="promoted"):
         raise Refused(f"version {current} has come into production meanwhile; run this again")
     print(f"Move the alias `production` to version {version}", flush=True)
     client = mlflow.MlflowClient()
-    client.set_model_version_tag(name, version, "was_in_production", "yes")
+    mlflow.set_tag("outcome", "unfinished")  # what --history shows if this process is killed here
     if replaces is not None:
-        # If this process is killed between the two moves, both aliases point at `replaces`. Then
-        # the tag of that version still tells what was in production before it.
+        # If it is killed between the two moves, both aliases point at `replaces`. A rollback
+        # then reads the tag `replaces` of that version: see previous_version.
         client.set_model_version_tag(name, version, "replaces", replaces)
         client.set_model_version_tag(name, replaces, "was_in_production", "yes")
         set_alias(name, "previous", replaces)
     set_alias(name, "production", version)
+    client.set_model_version_tag(name, version, "was_in_production", "yes")
     mlflow.set_tag("outcome", outcome)
     set_legacy_stage(name, version)
 
@@ -571,7 +599,7 @@ def promote(name, version, replaces, outcome="promoted"):
 def set_legacy_stage(name, version):
     """Set the stage Production, for those who still load models:/NAME/Production.
 
-    MLflow has deprecated stages since 2.9, in favour of aliases. Leave this out if nobody does.
+    MLflow deprecates stages since 2.9, in favour of aliases. Leave this out if nobody does.
     """
     client = mlflow.MlflowClient()
     try:
@@ -583,7 +611,7 @@ def set_legacy_stage(name, version):
         print(f"Note: the alias has moved, but the legacy stage could not be set: {error}")
 
 
-# Indented lines are commands for a shell. The alias `production` is looked up when they are run.
+# Indented lines are commands for a shell, which look up the alias `production` when they run.
 GUIDE = """# Deploy {name} version {number} from this store
 
     export MLFLOW_TRACKING_URI={store}
@@ -630,9 +658,9 @@ Ctrl-C stops it. Restart it after a promotion, or see "Swap without downtime" in
     gcloud ai endpoints create --region REGION --endpoint-id {name} --display-name {name}
     gcloud ai endpoints deploy-model {name} --region REGION --model {name}-{number} --display-name v{number} --traffic-split 0=100
 
-## Databricks (needs databricks, and the model in Unity Catalog as main.ml.{name}; https://docs.databricks.com/dev-tools/cli/reference/serving-endpoints-commands)
+## Databricks (needs databricks, and the model in Unity Catalog as a VERSION of main.ml.{name}; https://docs.databricks.com/dev-tools/cli/reference/serving-endpoints-commands)
 
-    databricks serving-endpoints create --json '{{"name": "{name}", "config": {{"served_entities": [{{"entity_name": "main.ml.{name}", "entity_version": "{number}", "workload_size": "Small", "scale_to_zero_enabled": true}}]}}}}'
+    databricks serving-endpoints create --json '{{"name": "{name}", "config": {{"served_entities": [{{"entity_name": "main.ml.{name}", "entity_version": "VERSION", "workload_size": "Small", "scale_to_zero_enabled": true}}]}}}}'
 
 ## Kubernetes with KServe (needs kubectl, and the Docker image in a REGISTRY; https://kserve.github.io/website/docs/model-serving/predictive-inference/frameworks)
 
@@ -660,7 +688,7 @@ def predict_with_production(name, test, trusted_types):
 def roll_back(experiment_id, name, to):
     """Put an earlier version back into production: `to` is its number, or "previous".
 
-    A second rollback to "previous" undoes the first. Raises UserError if there is no such version.
+    A second rollback to "previous" undoes the first. Raises UserError for any other version.
     """
     aliases = get_aliases(name)
     current = aliases.get("production")
@@ -669,8 +697,8 @@ def roll_back(experiment_id, name, to):
         raise UserError(f"{name} has no previous version to roll back to")
     if target == current:
         raise UserError(f"version {target} of {name} is already in production")
-    tags = mlflow.MlflowClient().get_model_version(name, target).tags
-    if to != "previous" and "was_in_production" not in tags:
+    target_tags = mlflow.MlflowClient().get_model_version(name, target).tags
+    if to != "previous" and "was_in_production" not in target_tags:
         raise UserError(f"version {target} of {name} was never in production")
 
     with mlflow.start_run(run_name="rollback"):
@@ -702,7 +730,7 @@ def print_history(experiment_id, name):
         {
             "when": runs["start_time"].dt.strftime("%Y-%m-%d %H:%M:%S %Z"),
             "who": runs["tags.mlflow.user"],
-            "what": runs["tags.outcome"],
+            "what": runs["tags.outcome"].fillna("unfinished"),
             "version": runs["tags.version"],
             "champion": runs["tags.champion"],
             "run": runs["run_id"],
@@ -711,11 +739,12 @@ def print_history(experiment_id, name):
     print(table.to_string(index=False))
 
 
-# What the steps need: the aliases of a version, and a model that is safe to load.
+# Helpers: move the aliases, and check a model before it is loaded.
 
 
 def get_aliases(name):
     """Return the aliases of a registered model and the versions that they point at."""
+    # A search, because a get raises an error if there is no such model.
     found = mlflow.search_registered_models(filter_string=f"name = '{name}'")
     if not found:
         return {}
@@ -732,33 +761,51 @@ def set_alias(name, alias, version):
         client.set_registered_model_alias(name, alias, version)
 
 
-class UnsafeModel(UserError):
-    """A model that could run code when it is loaded or served."""
+class UnusableModel(UserError):
+    """A model that could run code, is broken, or does not fit the data."""
+
+
+def check_skops():
+    """Raise UserError if the installed skops has known security holes.
+
+    Releases before 0.12 can run code from a file that they load (CVE-2025-54412, -54413).
+    """
+    if Version(metadata.version("skops")) < Version("0.12"):
+        raise UserError("this skops has security holes; run: pip install --upgrade skops")
 
 
 def load_checked(model_uri, columns, trusted_types):
     """Fetch a model, check the copy, and load that same copy.
 
-    Raises UnsafeModel if it could run code, and UserError if it does not predict a class from
-    these columns.
+    Raises UnusableModel if it could run code, cannot be loaded, or takes other columns.
     """
+    check_skops()
     with TemporaryDirectory() as folder:
-        path = Path(mlflow.artifacts.download_artifacts(model_uri, dst_path=folder))
+        path = fetch_model(model_uri, folder)
         try:
             reason = why_unsafe(path, trusted_types)
             if reason:
-                raise UnsafeModel(f"{model_uri} could run code: {reason}")
+                raise UnusableModel(f"{model_uri} could run code: {reason}")
             info = Model.load(path)
             names = info.signature.inputs.input_names() if info.signature else []
-            predict_fn = info.flavors["python_function"].get("predict_fn", "predict")
-            if names != list(columns) or predict_fn != "predict":
-                raise UserError(f"{model_uri} does not predict classes from the data's columns")
+            if names != list(columns):
+                raise UnusableModel(f"{model_uri} takes other columns than the data has")
+            if info.flavors["python_function"].get("predict_fn", "predict") != "predict":
+                raise UnusableModel(f"{model_uri} does not predict classes")
             return mlflow.pyfunc.load_model(str(path))
         except UserError:
             raise
         except Exception as error:
             # What a broken or forged file raises depends on who reads it.
-            raise UnsafeModel(f"{model_uri} cannot be loaded: {error}") from error
+            raise UnusableModel(f"{model_uri} cannot be loaded: {error}") from error
+
+
+def fetch_model(model_uri, folder):
+    """Download a model into a folder, and return its path. Raises UserError if that fails."""
+    try:
+        return Path(mlflow.artifacts.download_artifacts(model_uri, dst_path=folder))
+    except Exception as error:
+        raise UserError(f"cannot fetch {model_uri}: {error}") from error
 
 
 # What a model of these scripts consists of. Everything else is refused.
@@ -780,7 +827,7 @@ FLAVORS = {
         "model_path": "model.skops",
     },
 }
-# Settings of a flavor that may have any value here; the types and predict_fn are checked elsewhere.
+# Settings of a flavor that may have any value, or that have a check of their own.
 FREE_SETTINGS = {"sklearn_version", "skops_trusted_types", "python_version", "predict_fn"}
 
 # The packages that a server may install for a model. Any other could run code of its own.
@@ -788,8 +835,8 @@ PACKAGES = (
     "mlflow|scikit-learn|skops|pandas|numpy|scipy|joblib|threadpoolctl|cloudpickle|psutil"
     "|python|pip|setuptools|wheel"
 )
-# A line of the files that list them: a package, or one of the words that stand between packages.
-# An index, an address, a path or an option of pip is none of these.
+# A line of the files that list them: a package, or one of the words that stand between
+# packages. An index, an address, a path or an option of pip is none of these.
 ENVIRONMENT_LINE = re.compile(
     rf"""
     (\s*-\ )?
@@ -813,7 +860,8 @@ def why_unsafe(path, trusted_types):
     if set(flavors) != set(FLAVORS):
         return f"it has the flavors {', '.join(flavors)}"
     for name, flavor in flavors.items():
-        settings = {key: flavor[key] for key in set(flavor) - FREE_SETTINGS if flavor[key]}
+        # MLflow writes a setting that is not used as null or as an empty list.
+        settings = {k: v for k, v in flavor.items() if v and k not in FREE_SETTINGS}
         python_version = flavor.get("python_version", "3")
         if settings != FLAVORS[name] or not re.fullmatch(r"\d[\w.+]*", python_version):
             return f"its flavor {name} is not that of a skops file"
@@ -829,8 +877,8 @@ def why_unsafe(path, trusted_types):
     return None
 
 
-# The rest is the same in all three scripts, so you need to read it only once: rows, model, store,
-# and the end of the program.
+# The rest is the same in all three scripts, so you need to read it only once. It loads the
+# rows, logs the model, opens the store and ends the program.
 
 
 class Rows(NamedTuple):
@@ -844,9 +892,10 @@ class Rows(NamedTuple):
 def load_data(csv=None, target="diagnosis", test_size=0.2, seed=42):
     """Load a table and split it into training rows and hold-out rows, stratified by class.
 
-    The table is a CSV file with a header, or scikit-learn's breast cancer data. Rows without a
-    class are left out. Numbers and true/false become floats, which can hold gaps; text stays.
-    Returns two Rows. Raises UserError if the table cannot be read, or the target not be learned.
+    The table is a CSV file with a header, or scikit-learn's breast cancer data. Rows without
+    a class are left out. Numbers and true/false become floats, which can hold gaps; text
+    stays. Returns two Rows. Raises UserError if the table cannot be read, or its target not
+    be predicted.
     """
     name = table_name(csv)
     table = read_table(csv)
@@ -854,7 +903,8 @@ def load_data(csv=None, target="diagnosis", test_size=0.2, seed=42):
         columns = ", ".join(repr(column) for column in table)
         raise UserError(f"{name} needs {target!r} and more columns, but has {columns}")
 
-    # A class is text, also in answers. Where the column has gaps, class 1 must not become "1.0".
+    # Classes are text, and so are predictions. convert_dtypes() keeps class 1 from becoming
+    # "1.0" in a column with gaps.
     labels = table[target].dropna().convert_dtypes().astype(str)
     features = table.drop(columns=target).loc[labels.index]
     features = features.apply(lambda column: column.astype("float64", errors="ignore"))
@@ -918,7 +968,7 @@ def check_features(features):
 
 def make_rows(X, y, name):
     """Return Rows with an MLflow data set of this name."""
-    # MLflow looks for the commit of this file. Without git on the machine, it prints much advice.
+    # MLflow looks for the commit of this file. Where git is missing, it prints much advice.
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
     table = pd.concat([X, y], axis="columns")
     return Rows(X, y, mlflow.data.from_pandas(table, targets=y.name, name=name))
@@ -927,9 +977,9 @@ def make_rows(X, y, name):
 def add_preprocessing(model, X):
     """Return a pipeline of the model that takes raw rows with the columns of X.
 
-    A missing number becomes the mean of its column; then all numbers are scaled. A missing text is
-    a value of its own. Text is one-hot encoded, in 20 columns at most: where there are more
-    values, the rarest share one. A value that was not seen in training becomes all zeros.
+    A missing number becomes the mean of its column; then all numbers are scaled. A missing
+    text is a value of its own. Text is one-hot encoded, in 20 columns at most: where there
+    are more values, the rarest share one. Values not seen in training become all zeros.
     """
     numbers = make_pipeline(SimpleImputer(keep_empty_features=True), StandardScaler())
     gap_value = {"strategy": "constant", "keep_empty_features": True}
@@ -956,8 +1006,8 @@ def log_rows(**rows):
     try:
         mlflow.log_inputs(**inputs)
     except mlflow.MlflowException:
-        # Another process has logged the same new rows at the same moment, and MLflow has refused
-        # to store them twice. They are stored now, so a second call finds them.
+        # Another process has logged the same new rows at the same moment, and MLflow has
+        # refused to store them twice. They are stored now, so a second call finds them.
         mlflow.log_inputs(**inputs)
 
 
@@ -970,8 +1020,8 @@ def log_model(model, X, trusted_types):
     logged = mlflow.sklearn.log_model(
         model,
         name="model",
-        # A pickle can run any code when it is loaded. Skops loads the types that it knows, and
-        # those that are named here.
+        # A pickle can run any code when it is loaded. Skops loads the types that it knows,
+        # and those that are named here.
         serialization_format="skops",
         skops_trusted_types=trusted_types,
         signature=mlflow.models.infer_signature(X, model.predict(X)),
@@ -984,8 +1034,8 @@ def log_model(model, X, trusted_types):
 def open_store(experiment):
     """Select an experiment in the store of MLFLOW_TRACKING_URI, or in mlflow.db in this folder.
 
-    Store and experiment are made if they do not exist. Returns the ID of the experiment. Raises
-    UserError if the store cannot be opened.
+    Store and experiment are made if they do not exist. Returns the ID of the experiment.
+    Raises UserError if the store cannot be opened.
     """
     for name in ("MLFLOW_RUN_ID", "MLFLOW_REGISTRY_URI"):
         if os.environ.get(name):
@@ -995,12 +1045,13 @@ def open_store(experiment):
     quieten_mlflow()
 
     uri = mlflow.get_tracking_uri()
-    # Once it is open, wait about a minute for a server that restarts.
+    # For the calls after this function: they wait about a minute for a server that restarts.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "5")
     try:
         with impatient_requests(), one_process_at_a_time(uri):
+            connect_once(uri)
             mlflow.set_experiment(experiment)
-            # If another process made it at the same moment, MLflow has not selected it yet.
+            # If another process made it at the same moment, the first call does not select it.
             return mlflow.set_experiment(experiment).experiment_id
     except Exception as error:
         message = f"cannot open the store {uri} (down, locked, full, or a wrong login?): {error}"
@@ -1020,7 +1071,11 @@ def quieten_mlflow():
 @contextmanager
 def impatient_requests():
     """Let requests fail after seconds if the server does not answer, instead of minutes."""
-    settings = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
+    settings = {
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
+        "PGCONNECT_TIMEOUT": "5",
+    }
     before = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)
     try:
@@ -1032,9 +1087,22 @@ def impatient_requests():
                 os.environ[name] = value
 
 
+def connect_once(uri):
+    """Raise an error if the store is a database server that cannot be reached.
+
+    MLflow itself would try for 100 seconds, in silence.
+    """
+    if not uri.startswith(("http", "sqlite", "file", "databricks")):
+        sqlalchemy.create_engine(uri).connect().close()
+
+
 @contextmanager
 def one_process_at_a_time(uri):
-    """Let one process make the tables of a new SQLite store, while others wait for it."""
+    """Let one process make the tables of a new SQLite store, while others wait for it.
+
+    The lock is an SQLite database of its own. That works on every system, and if the process
+    ends, so does the lock.
+    """
     if not uri.startswith("sqlite:///"):
         yield
         return
@@ -1045,7 +1113,7 @@ def one_process_at_a_time(uri):
 
 
 def where_to_look(experiment_id, order_by="attributes.start_time"):
-    """Return how to see the runs of an experiment in the MLflow UI, the highest first."""
+    """Return how to see the runs of an experiment in the MLflow UI, by `order_by`, descending."""
     uri = mlflow.get_tracking_uri()
     page = f"#/experiments/{experiment_id}/runs?workflowType=machine_learning"
     page += f"&orderByKey={quote(order_by)}&orderByAsc=false"
@@ -1057,7 +1125,9 @@ def where_to_look(experiment_id, order_by="attributes.start_time"):
 
 def command_line(script, *options, args):
     """Return the command that starts a script of this folder on the same data and metric."""
-    command = ["python", str(Path(sys.argv[0]).with_name(script)), *options]
+    path = Path(sys.argv[0]).with_name(script)
+    # A notebook's argv[0] is a file of Jupyter, with no script beside it.
+    command = ["python", str(path if path.is_file() else script), *options]
     if args.csv is not None:
         command += ["--csv", args.csv, "--target", args.target]
     if args.metric != "accuracy":
@@ -1106,8 +1176,8 @@ def run_as_program(main):
 def interrupt_after_mlflow_call(signal_number, frame, deadline=None):
     """Let Ctrl-C stop the program, but only after a call of MLflow that is under way.
 
-    Otherwise, a write that is cut short leaves a run RUNNING, or the database locked. After half a
-    minute, it stops all the same: a server may be away.
+    Otherwise, a write that is cut short leaves a run RUNNING, or the database locked. After
+    half a minute, it stops all the same: a server may be away.
     """
     deadline = deadline or time.monotonic() + 30
     while frame is not None and time.monotonic() < deadline:

@@ -53,10 +53,9 @@ def simulate_scores(accuracies, rng, rows=ROWS, repeats=REPEATS, n_folds=FOLDS):
 def find_verdict(scores):
     """Return the comparison's word for the last candidate; of equal means, the first is best."""
     best = scores.mean(axis=1).round(12).argmax()
-    if best == len(scores) - 1:
-        return "the best"
     p = probabilities(scores[-1] - scores[best], ROPE, FOLDS)
-    return say_verdict(p | {"p_above_baseline": 1.0}, RISK).partition(",")[0]
+    p["p_above_baseline"] = 1.0
+    return say_verdict(p, best == len(scores) - 1, RISK).partition(",")[0]
 
 
 def count_verdicts(difference, simulations, candidates=2, seed=0):

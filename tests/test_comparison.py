@@ -245,7 +245,7 @@ def test_probabilities_of_equal_and_of_constant_differences_are_certain():
 def test_verdicts_say_the_probabilities_in_words(p_worse, p_above_baseline, risk, words):
     p = {"p_worse": p_worse, "p_better": 0.01, "p_above_baseline": p_above_baseline}
     p["p_equivalent"] = 1 - p["p_worse"] - p["p_better"]
-    assert re.fullmatch(words, script.say_verdict(p, risk))
+    assert re.fullmatch(words, script.say_verdict(p, is_best=False, risk=risk))
 
 
 def candidates_like(**columns):

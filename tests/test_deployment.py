@@ -35,6 +35,7 @@ from sklearn.metrics import confusion_matrix
 from sklearn.model_selection import train_test_split
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from sklearn.tree import DecisionTreeClassifier
 
 import production_deployment as script
 
@@ -427,6 +428,45 @@ def test_the_best_is_that_of_the_same_metric_rows_and_model(history):
         assert ask(*others, 0.9) == {}
 
 
+def test_a_score_on_rows_that_the_model_may_have_seen_is_not_the_best_ever(deployed):
+    """A tree that was trained on the hold-out as well, and does not say so, is right everywhere."""
+    X_train, X_test, y_train, y_test = split()
+    X, y = pd.concat([X_train, X_test]), pd.concat([y_train, y_test])
+    with mlflow.start_run():
+        model_id = script.log_model(DecisionTreeClassifier().fit(X, y), X, script.TRUSTED)
+    process = deploy("--model-uri", f"models:/{model_id}")
+    assert_success(process)
+    assert "training rows are unknown" in process.stdout
+    assert deployments()[-1].data.metrics["score"] == 1
+    assert_success(deploy("--rollback"))
+    assert_success(deploy())
+    assert deployments()[-1].data.metrics["below_best_ever"] == 0
+
+
+def test_a_version_in_production_whose_files_are_gone_ends_in_one_line(deployed):
+    """Nothing is promoted without the comparison; a rollback leads out of it."""
+    _, client = deployed
+    assert_success(deploy())
+    shutil.rmtree(mlflow.artifacts.download_artifacts(f"models:/{NAME}/2"))
+    assert_one_line(deploy(), f"cannot fetch models:/{NAME}/2")
+    assert aliases(client) == {"production": "2", "previous": "1", "staging": "2"}
+    assert_success(deploy("--rollback"))
+    assert_success(deploy())
+    assert client.get_model_version(NAME, "3").tags["compared_with"] == "1"
+
+
+def test_an_old_skops_ends_in_one_line_before_anything_is_made(tmp_path):
+    """Python finds this version first, as it would if another package had asked for it."""
+    metadata = tmp_path / "packages" / "skops-0.11.0.dist-info" / "METADATA"
+    metadata.parent.mkdir(parents=True)
+    metadata.write_text("Metadata-Version: 2.1\nName: skops\nVersion: 0.11.0\n")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    process = run(SCRIPT, cwd=folder, PYTHONPATH=str(tmp_path / "packages"))
+    assert_one_line(process, "skops", "pip install --upgrade skops")
+    assert not [*folder.iterdir()]
+
+
 # Rollback and history.
 
 
@@ -551,6 +591,8 @@ def test_own_data_has_no_minimum_score_but_that_of_min_score(tmp_path, monkeypat
     assert "no minimum score" in process.stdout and "--min-score" in process.stdout
     limits = [line.split()[0] for line in process.stdout.splitlines() if " at " in line]
     assert set(limits) == FIRST - {"score"}
+    score = deployments()[0].data.metrics["score"]
+    assert re.search(rf"^ *score +{score:.4f} +none *$", process.stdout, re.M)
     assert 0.6 < deployments()[0].data.metrics["score"] < 0.93
     process = deploy(*own, "--min-score", "0.93")
     assert_one_line(process, "score = 0.", "score threshold = 0.93", code=1)
@@ -564,10 +606,13 @@ def test_own_data_has_no_minimum_score_but_that_of_min_score(tmp_path, monkeypat
     assert client.get_model_version(name, "3").tags["compared_with"] == "1"
     assert "below_best_ever" not in deployments()[-1].data.metrics  # that was on other rows
 
-    versions, runs = len(client.search_model_versions()), len(deployments())
+    current = client.get_model_version_by_alias(name, "production").version
     table.drop(columns="b").to_csv("own.csv", index=False)
-    assert_one_line(deploy(*own), f"models:/{name}/", "columns")
-    assert (len(client.search_model_versions()), len(deployments())) == (versions, runs)
+    process = deploy(*own)
+    assert f"not compared with version {current} in production" in process.stdout
+    assert "other columns" in process.stdout
+    assert client.get_model_version(name, "4").tags["compared_with"] == "none"
+    assert "below_production" not in deployments()[-1].data.metrics
 
 
 # Races and kills.
@@ -715,6 +760,7 @@ def test_killed_after_any_write_production_stays_whole(start, forks, history, tm
     """
     # From version 3, the writes before the promotion change nothing that was not tried before.
     moves, step = ([None], 0) if start == "from nothing" else (["2", "3"], 7)
+    earlier = set() if start == "from nothing" else {"1", "2", "3"}
     folder = tmp_path / "store"
     folder.mkdir()
     if start == "from version 3":
@@ -733,6 +779,13 @@ def test_killed_after_any_write_production_stays_whole(start, forks, history, tm
             killed_at.append("between the aliases")
         if moves[-1] is not None:
             assert_rolls_back_to(moves[-2], folder, forks, tmp_path / f"copy-{step}")
+            last = deployments()[-1].data.tags
+            if last.get("version") == moves[-1]:
+                assert last["outcome"] in ("unfinished", "promoted")
+        if registered:
+            versions = client.search_model_versions(f"name = '{NAME}'")
+            been = {str(one.version) for one in versions if "was_in_production" in one.tags}
+            assert been <= earlier | set(moves)
     assert "between the aliases" in killed_at and aliases(client)["production"] == moves[-1]
     if start == "from version 3":
         assert len(moves) >= 5 and moves[-1] == max(stages(client), key=int)
@@ -755,6 +808,9 @@ def test_a_rollback_killed_after_any_write_can_be_done_again(forks, history, tmp
         outcomes[production] += 1
         assert_production_passed(client)
         assert_rolls_back_to({"3": "2", "2": "3"}[production], folder, forks, folder / "copy")
+        last = deployments()[-1].data.tags
+        if "outcome" in last and last["version"] == "2" and production == "2":
+            assert last["outcome"] in ("unfinished", "rolled back")
     assert set(outcomes) == {"2", "3"} and step >= 7
 
 

@@ -1,5 +1,8 @@
 """From a notebook: main([...]) of each script, twice in one process, in a real Jupyter kernel."""
 
+import re
+import shlex
+
 import nbformat
 import pytest
 from conftest import ROOT, children, parents, store, user_env
@@ -97,7 +100,7 @@ deployment.main(["--rollback"])
 check()
 try:
     deployment.main(["--model-uri", "models:/m-0"])
-except mlflow.MlflowException:
+except deployment.UserError:
     check()
 """
 
@@ -141,6 +144,9 @@ def test_two_searches_in_one_process_are_as_two_programs(notebook):
     assert states == ["FINISHED", "FINISHED", "FAILED"]
     assert "Refused: all 1 trials failed" in printed["stdout"]
     assert printed["stdout"].count("Best parameters") == 2
+    # What started this process is a file of Jupyter's, with no script beside it.
+    commands = re.findall("^Next: +(.*)$", printed["stdout"], re.M)
+    assert {shlex.split(command)[1] for command in commands} == {"model_comparison.py"}
 
 
 def test_two_comparisons_in_one_process_are_as_two_programs(notebook):

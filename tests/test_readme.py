@@ -60,6 +60,10 @@ def test_the_python_blocks_run_as_they_stand(number, main_job, tmp_path):
         shutil.copy(ROOT / script, tmp_path)
     if "LiveModel" in block:
         shutil.copy(main_job[0] / "mlflow.db", tmp_path)  # with a version in production
+    if "set_terminated" in block:
+        client = store(tmp_path)
+        dead = client.create_run("0", start_time=1).info.run_id
+        alive = client.create_run("0").info.run_id
     (tmp_path / "block.py").write_text(block)
     process = subprocess.run(
         [sys.executable, "block.py"], cwd=tmp_path, env=user_env(), capture_output=True, text=True
@@ -84,6 +88,12 @@ def test_the_python_blocks_run_as_they_stand(number, main_job, tmp_path):
             "staging": "1",
             "production": "1",
         }
+    if "set_terminated" in block:
+        states = [client.get_run(run_id).info.status for run_id in (dead, alive)]
+        assert (last, states) == ("1", ["KILLED", "RUNNING"])
+    if "set_terminated" in block:
+        states = [client.get_run(run_id).info.status for run_id in (dead, alive)]
+        assert (last, states) == ("1", ["KILLED", "RUNNING"])
     if 'run_name="' in block:
         assert process.stderr.count("Traceback") == 0
 
@@ -137,9 +147,7 @@ def test_the_links_to_files_lead_somewhere():
 
 def test_every_function_to_copy_is_in_the_script_that_is_named():
     script = dict(zip(("tuning", "comparison", "deployment"), SCRIPTS, strict=True))
-    table = re.findall(
-        r"^\| .*? \| (`.*?`.*?) \| (\w+) \|$", SECTIONS["Copy this function for …"], re.M
-    )
+    table = re.findall(r"^\| .*? \| (`.*?`.*?) \| (\w+) \|$", SECTIONS["Functions to copy"], re.M)
     assert len(table) >= 15
     for names, where in table:
         texts = [(ROOT / script[where]).read_text()] if where != "each" else []

@@ -323,9 +323,9 @@ def test_trials_are_logged_ranked_and_found_unfinished(experiment, parts):
         mlflow.log_params(settings)
         for name, score in scores.items():
             tuning.log_trial(
-                tuning.Trial(name, trials[name], {"cv_f1": score}, ""), parts[0].dataset
+                tuning.TrialResult(name, trials[name], {"cv_f1": score}, ""), parts[0].dataset
             )
-        failed = tuning.Trial("trial-0005", trials["trial-0005"], {}, "ValueError: no")
+        failed = tuning.TrialResult("trial-0005", trials["trial-0005"], {}, "ValueError: no")
         tuning.log_trial(failed, parts[0].dataset)
         assert mlflow.active_run().info.run_id == search.info.run_id
     logged = children(search)
@@ -619,9 +619,9 @@ def test_a_model_is_registered_and_loaded_after_a_check(parts, logged):
         info = mlflow.sklearn.log_model(
             LogisticRegression().fit(train.X, train.y), serialization_format="cloudpickle"
         )
-    with pytest.raises(deployment.UnsafeModel, match="could run code"):
+    with pytest.raises(deployment.UnusableModel, match="could run code"):
         deployment.load_checked(info.model_uri, train.X.columns, deployment.TRUSTED)
-    with pytest.raises(deployment.UnsafeModel, match="numpy.dtype"):
+    with pytest.raises(deployment.UnusableModel, match="numpy.dtype"):
         deployment.load_checked("models:/registered/1", train.X.columns, [])
 
 
@@ -864,7 +864,7 @@ def test_a_search_by_mean_absolute_error_finds_the_smallest(experiment, numbers)
             scoring = "neg_mean_absolute_error"
             errors[name] = -cross_val_score(model, train.X, train.y, cv=folds, scoring=scoring)
             assert metrics["cv_neg_mae"] == close(-errors[name].mean())
-            tuning.log_trial(tuning.Trial(name, params, metrics, ""), train.dataset)
+            tuning.log_trial(tuning.TrialResult(name, params, metrics, ""), train.dataset)
         ranked = tuning.find_best_trials(search.info.run_id, "neg_mae")
         best = min(errors, key=lambda name: errors[name].mean())
         assert ranked["tags.mlflow.runName"].iloc[0] == best
@@ -908,11 +908,11 @@ def test_a_comparison_by_mean_absolute_error_finds_the_smallest(numbers):
         above = comparison.probabilities(scores[name] - scores["baseline"], 0, 5)
         assert above["p_better"] >= floor
     p["p_above_baseline"] = 1.0
-    assert comparison.say_verdict(p, 0.2).startswith("worse")
-    assert (
-        comparison.say_verdict(p | {"p_above_baseline": 0.0}, 0.2)
-        == "not shown to beat the baseline"
-    )
+    assert comparison.say_verdict(p, is_best=False, risk=0.2).startswith("worse")
+    p["p_above_baseline"] = 0.0
+    for is_best in (False, True):
+        verdict = comparison.say_verdict(p, is_best, risk=0.2)
+        assert verdict == "not shown to beat the baseline"
 
 
 def test_a_gate_on_mean_absolute_error_refuses_the_larger(numbers):

@@ -383,8 +383,10 @@ def test_functions_copied_into_a_regression_find_the_least_error(folder):
 def test_log_trial_makes_a_child_of_whatever_run_is_active(folder):
     X, y = make_classification(random_state=0)
     dataset = tuning.make_rows(pd.DataFrame(X), pd.Series(y, name="y"), "any").dataset
-    good = tuning.Trial("good", {"max_depth": 3}, {"cv_f1": 0.5, "fit_seconds": 0.1}, error="")
-    bad = tuning.Trial("bad", {"max_depth": -1}, {}, error="ValueError: max_depth")
+    good = tuning.TrialResult(
+        "good", {"max_depth": 3}, {"cv_f1": 0.5, "fit_seconds": 0.1}, error=""
+    )
+    bad = tuning.TrialResult("bad", {"max_depth": -1}, {}, error="ValueError: max_depth")
     mlflow.set_experiment("another")
     with mlflow.start_run(run_name="my own") as outer:
         with mlflow.start_run(run_name="inner", nested=True) as inner:
@@ -524,7 +526,7 @@ def test_ctrl_c_keeps_what_has_finished_and_prints_how_to_go_on(tmp_path, uninte
     assert parent.info.status == "KILLED"
     assert not [t for t in children(parent).values() if t.info.status == "RUNNING"]
     said = (tmp_path / "stderr.txt").read_text()
-    command = re.fullmatch(r"Stopped: to resume: (python .*)\n", said)
+    command = re.fullmatch(r"Stopped: by Ctrl-C; to resume: (python .*)\n", said)
     resumed = subprocess.run(
         shlex.split(command[1]), cwd=tmp_path, env=user_env(), capture_output=True, text=True
     )
@@ -599,11 +601,17 @@ def test_ctrl_c_after_the_last_trial_costs_none_of_them(folder, capsys, monkeypa
 
     with monkeypatch.context() as patch:
         patch.setattr(tuning, "log_model", interrupted)
-        assert_one_line(search_as_program(capsys), "Stopped: ", code=130)
+        assert_one_line(search_as_program(capsys), "Stopped: by Ctrl-C; to resume: ", code=130)
     assert_whole(folder)
     _, parent = parents(EXPERIMENT)
+    assert parent.info.status == "KILLED"
     before = {trial.info.run_id for trial in children(parent).values()}
     assert len(before) == 6
+    with monkeypatch.context() as patch:  # a second time, the command is no longer than the first
+        patch.setattr(tuning, "log_model", interrupted)
+        again = search_as_program(capsys, "--resume", parent.info.run_id)
+    assert_one_line(again, f"hyperparameter_tuning.py --resume {parent.info.run_id}\n", code=130)
+    assert again.stderr.count("--resume") == 1
     resumed = search_as_program(capsys, "--resume", parent.info.run_id)
     assert_success(resumed)
     assert {trial.info.run_id for trial in children(parent).values()} == before
