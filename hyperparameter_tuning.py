@@ -3,7 +3,7 @@
 27 combinations of three parameters are cross-validated on the training part of scikit-learn's
 breast cancer data. The script then asks MLflow for the best one, refits it, and scores it
 once on the hold-out. You will see that the depth of the trees matters most, and that a forest
-within one standard error of the best takes about a fifth of its time to train.
+within one standard error of the best takes about a quarter of its time to train.
 
     python hyperparameter_tuning.py
     python hyperparameter_tuning.py --csv customers.csv --target churned --metric f1
@@ -25,7 +25,7 @@ It leaves this in the store (sqlite:///mlflow.db, or MLFLOW_TRACKING_URI where t
 #     "numpy>=1.26,<2.5",
 # ]
 # ///
-# joblib, matplotlib, packaging, scipy, skops, SQLAlchemy and threadpoolctl come with these.
+# joblib, matplotlib, scipy, skops, SQLAlchemy and threadpoolctl come with these.
 
 import logging
 import multiprocessing
@@ -37,6 +37,7 @@ import sqlite3
 import sys
 import threading
 import time
+import traceback
 import warnings
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from contextlib import closing, contextmanager
@@ -44,7 +45,7 @@ from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import quote, unquote
+from urllib.parse import quote
 
 import mlflow
 import numpy as np
@@ -112,7 +113,7 @@ class UserError(Exception):
 
 
 class Refused(UserError):
-    """There is no result that should be used. The exit code tells it from bad input."""
+    """There is no result that should be used. Its exit code differs from that of bad input."""
 
     exit_code = 1
 
@@ -168,7 +169,7 @@ def parse_args(argv):
 
 
 def make_trials(grid):
-    """Return the parameters of each combination of the grid, by the name of its trial.
+    """Return {name of the trial: parameters}, for each combination of the grid.
 
     Raises UserError if the forest does not know one of the parameters.
     """
@@ -182,7 +183,7 @@ def make_trials(grid):
 
 
 def to_python(value):
-    """Return a number of NumPy's as one of Python's, and anything else as it is."""
+    """Return a NumPy number as a Python number, and anything else unchanged."""
     return value.item() if isinstance(value, np.generic) else value
 
 
@@ -254,7 +255,7 @@ class TrialResult(NamedTuple):
 
 @contextmanager
 def start_trials(trials, train, metric, score, n_folds, seed):
-    """Start the trials on all cores, and yield an iterator over each TrialResult, as they finish.
+    """Start the trials on all cores; yield an iterator over their results, as they finish.
 
     At the end of the `with` block, what still runs is stopped.
     """
@@ -266,31 +267,6 @@ def start_trials(trials, train, metric, score, n_folds, seed):
     ]
     with run_in_parallel(tasks, "generator_unordered") as results:
         yield results
-
-
-@contextmanager
-def run_in_parallel(tasks, return_as):
-    """Run joblib's tasks on all cores, and yield a generator of their results.
-
-    At the end of the `with` block, what still runs is stopped.
-    """
-    others = multiprocessing.active_children()
-    # The workers inherit this. They leave Ctrl-C to this process, which stops them.
-    ctrl_c = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        results = Parallel(n_jobs=-1, return_as=return_as)(tasks)
-    finally:
-        signal.signal(signal.SIGINT, ctrl_c)
-    # Without psutil and `pgrep`, joblib calls worker.kill(), which its workers do not have.
-    for worker in set(multiprocessing.active_children()) - set(others):
-        worker.kill = worker.terminate
-    with warnings.catch_warnings():
-        # joblib warns when tasks are given up, as after Ctrl-C.
-        warnings.filterwarnings("ignore", module="joblib")
-        try:
-            yield results
-        finally:
-            results.close()
 
 
 def try_trial(name, params, X, y, **options):
@@ -312,6 +288,7 @@ def run_trial(params, X, y, metric, score, n_folds, seed):
     folds = StratifiedKFold(n_folds, shuffle=True, random_state=seed)
     model = make_forest(params, X, seed)
 
+    # make_scorer would pass the default pos_label of f1_score, 1, which is no class here.
     def scorer(fitted, X_fold, y_fold):
         return score(y_fold, fitted.predict(X_fold))
 
@@ -364,7 +341,7 @@ def log_trial(result, dataset):
 def find_best_trials(search_id, metric):
     """Ask MLflow for the finished trials of a search. Return a DataFrame, the best trial first.
 
-    Ties go to the first in the grid, whichever finished first.
+    Of equal scores, the first in the grid wins.
     """
     return mlflow.search_runs(
         [mlflow.get_run(search_id).info.experiment_id],
@@ -504,12 +481,11 @@ def print_report(search_id, ranked, metric, grid, n_folds):
 def cheapest_within_one_standard_error(ranked, metric, n_folds):
     """Return the trial that is fastest to fit of those within one standard error of the best.
 
-    `ranked` has the best trial first. This is the one-standard-error rule of Breiman et al.,
-    Classification and Regression Trees (1984), section 3.4.3, which takes the simplest one.
+    `ranked` has the best trial first. The rule is that of Breiman et al., Classification and
+    Regression Trees (1984), section 3.4.3, except that theirs takes the simplest trial.
     """
     scores = ranked[f"metrics.cv_{metric}"]
-    # The logged deviation has ddof=0: divided by sqrt(n - 1), it equals std(ddof=1) /
-    # sqrt(n).
+    # The logged deviation has ddof=0: over sqrt(n - 1), it equals std(ddof=1) / sqrt(n).
     standard_error = ranked[f"metrics.cv_{metric}_std"].iloc[0] / (n_folds - 1) ** 0.5
     close = ranked[scores >= scores.iloc[0] - standard_error]
     return close.loc[close["metrics.fit_seconds"].idxmin()]
@@ -525,6 +501,32 @@ def format_trials(ranked, grid, metric):
     for name in grid:
         table[name] = ranked[f"params.{name}"]
     return table
+
+
+@contextmanager
+def run_in_parallel(tasks, return_as):
+    """Run joblib's tasks on all cores, and yield a generator of their results.
+
+    At the end of the `with` block, what still runs is stopped.
+    """
+    before = multiprocessing.active_children()
+    # The workers inherit this: they leave Ctrl-C to this process, which stops them. While they
+    # start, Ctrl-C is lost.
+    ctrl_c = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        results = Parallel(n_jobs=-1, return_as=return_as)(tasks)
+    finally:
+        signal.signal(signal.SIGINT, ctrl_c)
+    # Without psutil and `pgrep`, joblib calls worker.kill(), which fails for its workers.
+    for worker in set(multiprocessing.active_children()) - set(before):
+        worker.kill = worker.terminate
+    with warnings.catch_warnings():
+        # joblib warns when tasks are given up, as after Ctrl-C.
+        warnings.filterwarnings("ignore", module="joblib")
+        try:
+            yield results
+        finally:
+            results.close()
 
 
 # The rest is the same in all three scripts, so you need to read it only once. It loads the
@@ -544,8 +546,7 @@ def load_data(csv=None, target="diagnosis", test_size=0.2, seed=42):
 
     The table is a CSV file with a header, or scikit-learn's breast cancer data. Rows without
     a class are left out. Numbers and true/false become floats, which can hold gaps; text
-    stays. Returns two Rows. Raises UserError if the table cannot be read, or its target not
-    be predicted.
+    stays. Returns two Rows. Raises UserError if the table or its target cannot be used.
     """
     name = table_name(csv)
     table = read_table(csv)
@@ -588,15 +589,15 @@ def read_table(csv):
         raise UserError(f"cannot read {csv}: {error}") from error
 
 
-def check_labels(labels, fewest=7):
-    """Raise UserError unless there are two classes or more, each of `fewest` rows or more.
+def check_labels(labels, min_rows=7):
+    """Raise UserError unless there are two classes or more, each of `min_rows` rows or more.
 
     Of seven rows, five or more are in the training part: one for each of five folds.
     """
     counts = labels.value_counts()
-    if len(counts) < 2 or counts.min() < fewest:
+    if len(counts) < 2 or counts.min() < min_rows:
         raise UserError(
-            f"{labels.name!r} needs 2 or more classes of {fewest} or more rows each, "
+            f"{labels.name!r} needs 2 or more classes of {min_rows} or more rows each, "
             f"but the rarest have {counts.tail().to_dict()}"
         )
 
@@ -632,11 +633,11 @@ def add_preprocessing(model, X):
     are more values, the rarest share one. Values not seen in training become all zeros.
     """
     numbers = make_pipeline(SimpleImputer(keep_empty_features=True), StandardScaler())
-    gap_value = {"strategy": "constant", "keep_empty_features": True}
+    constant = {"strategy": "constant", "keep_empty_features": True}
     text = make_pipeline(
         # A gap is NaN in a table, and None in a request as JSON.
-        SimpleImputer(missing_values=np.nan, **gap_value),
-        SimpleImputer(missing_values=None, **gap_value),
+        SimpleImputer(missing_values=np.nan, **constant),
+        SimpleImputer(missing_values=None, **constant),
         OneHotEncoder(handle_unknown="ignore", max_categories=20, sparse_output=False),
     )
     columns = make_column_transformer(
@@ -689,13 +690,13 @@ def open_store(experiment):
     """
     for name in ("MLFLOW_RUN_ID", "MLFLOW_REGISTRY_URI"):
         if os.environ.get(name):
-            raise UserError(f"unset {name}: this script makes its runs itself, all in one store")
+            raise UserError(f"unset {name}: this script selects its runs and its registry itself")
     if not mlflow.is_tracking_uri_set():
         mlflow.set_tracking_uri(f"sqlite:///{Path('mlflow.db').resolve()}")
     quieten_mlflow()
 
     uri = mlflow.get_tracking_uri()
-    # For the calls after this function: they wait about a minute for a server that restarts.
+    # Later calls retry for about a minute, as a server may restart. Those below do not.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "5")
     try:
         with impatient_requests(), one_process_at_a_time(uri):
@@ -720,7 +721,7 @@ def quieten_mlflow():
 
 @contextmanager
 def impatient_requests():
-    """Let requests fail after seconds if the server does not answer, instead of minutes."""
+    """Let requests to a server that does not answer fail after seconds, not minutes."""
     settings = {
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
         "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
@@ -742,7 +743,7 @@ def connect_once(uri):
 
     MLflow itself would try for 100 seconds, in silence.
     """
-    if not uri.startswith(("http", "sqlite", "file", "databricks")):
+    if uri.startswith(("postgresql", "mysql", "mssql")):
         sqlalchemy.create_engine(uri).connect().close()
 
 
@@ -756,7 +757,7 @@ def one_process_at_a_time(uri):
     if not uri.startswith("sqlite:///"):
         yield
         return
-    lock = unquote(uri.removeprefix("sqlite:///")) + ".lock"
+    lock = sqlalchemy.make_url(uri).database + ".lock"
     with closing(sqlite3.connect(lock, timeout=60)) as connection:
         connection.execute("BEGIN EXCLUSIVE")
         yield
@@ -790,7 +791,8 @@ def hide_secrets(uri):
     scheme, mark, rest = uri.partition("://")
     if not mark or scheme == "sqlite":
         return uri
-    login, at, place = rest.partition("?")[0].rpartition("@")
+    _, at, place = rest.rpartition("@")
+    place = place.partition("?")[0]  # only now, as a password may contain a "?"
     return f"{scheme}://USER:PASSWORD@{place}" if at else f"{scheme}://{place}"
 
 
@@ -807,7 +809,7 @@ def run_as_program(main):
         main()
         return 0
     except KeyboardInterrupt as error:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # it stops already
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # already stopping
         message = str(error) or "by Ctrl-C"
         code = 130
     except UserError as error:
@@ -830,16 +832,15 @@ def interrupt_after_mlflow_call(signal_number, frame, deadline=None):
     half a minute, it stops all the same: a server may be away.
     """
     deadline = deadline or time.monotonic() + 30
-    while frame is not None and time.monotonic() < deadline:
-        if frame.f_globals.get("__name__", "").split(".")[0] == "mlflow":
-            again = partial(interrupt_after_mlflow_call, deadline=deadline)
-            signal.signal(signal_number, again)
-            retry = threading.Timer(0.05, signal.raise_signal, [signal_number])
-            retry.daemon = True
-            retry.start()
-            return
-        frame = frame.f_back
-    raise KeyboardInterrupt
+    modules = [one.f_globals.get("__name__", "") for one, _ in traceback.walk_stack(frame)]
+    in_mlflow = any(module.split(".")[0] == "mlflow" for module in modules)
+    if not in_mlflow or time.monotonic() >= deadline:
+        raise KeyboardInterrupt
+    again = partial(interrupt_after_mlflow_call, deadline=deadline)
+    signal.signal(signal_number, again)
+    retry = threading.Timer(0.05, signal.raise_signal, [signal_number])
+    retry.daemon = True
+    retry.start()
 
 
 if __name__ == "__main__":

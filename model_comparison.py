@@ -30,7 +30,7 @@ It leaves this in the store (sqlite:///mlflow.db, or MLFLOW_TRACKING_URI where t
 #     "numpy>=1.26,<2.5",
 # ]
 # ///
-# joblib, matplotlib, packaging, scipy, skops, SQLAlchemy and threadpoolctl come with these.
+# joblib, matplotlib, scipy, skops, SQLAlchemy and threadpoolctl come with these.
 
 import ast
 import logging
@@ -44,6 +44,7 @@ import sys
 import threading
 import time
 import timeit
+import traceback
 import warnings
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from contextlib import closing, contextmanager
@@ -52,7 +53,7 @@ from importlib import metadata
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import quote, unquote
+from urllib.parse import quote
 
 import mlflow
 import numpy as np
@@ -124,7 +125,7 @@ class UserError(Exception):
 
 
 class Refused(UserError):
-    """There is no result that should be used. The exit code tells it from bad input."""
+    """There is no result that should be used. Its exit code differs from that of bad input."""
 
     exit_code = 1
 
@@ -143,7 +144,8 @@ def main(argv=None):
     with mlflow.start_run(run_name="comparison") as comparison:
         comparison_id = comparison.info.run_id
         log_rows(training=train, testing=test)
-        baseline = score_folds(DummyClassifier(), train.X, train.y, folds, METRICS)
+        deciding = {metric: METRICS[metric]}
+        baseline = score_folds(DummyClassifier(), train.X, train.y, folds, deciding)
         fold_scores = pd.DataFrame({"baseline": baseline[metric]})
         with start_scoring(candidates, folds, train, METRICS) as results:
             for result in show_progress(results, len(candidates)):
@@ -159,16 +161,16 @@ def main(argv=None):
         # The workers are quiet by now, so these are the times of the models alone.
         log_serving_costs(models, train, SEED)
 
-        table = load_results(experiment_id, comparison_id, metric)
-        recommended = recommend(table, RISK, NOISE)
-        log_choice(table, recommended, fold_scores, metric, train)
-        log_report(table, fold_scores, models[0], test, metric, ROPE, FOLDS)
+        runs = load_runs(experiment_id, comparison_id, metric)
+        recommended = recommend(runs, RISK, NOISE)
+        log_choice(runs, recommended, fold_scores, metric, train)
+        log_report(runs, fold_scores, models[0], test, metric, ROPE, FOLDS)
 
-    print_report(comparison_id, table, metric, ROPE)
+    print_report(comparison_id, runs, metric, ROPE)
     print(how_to_load_the_best(experiment_id, comparison_id, metric, train))
     print(where_to_look(experiment_id, f"metrics.`cv_{metric}`"))
     if recommended is None:
-        raise Refused("no candidate is shown to beat the baseline, so none should be deployed")
+        raise Refused("the best is not shown to beat the baseline, so none should be deployed")
     model_uri = f"runs:/{recommended['run_id']}/model"
     print("Next: ", command_line("production_deployment.py", "--model-uri", model_uri, args=args))
 
@@ -223,13 +225,13 @@ def load_tuned_forest(search_id, train, seed):
     return RandomForestClassifier(**params, random_state=seed)
 
 
-def make_folds(train, n_folds, most_repeats, seed):
+def make_folds(train, n_folds, max_repeats, seed):
     """Return the rows of each fold, as pairs of positions: to train on, and to score on.
 
-    There are at most `most_repeats` repeats, and at least two: many rows need fewer.
+    There are at most `max_repeats` repeats, and at least two: many rows need fewer.
     """
     # In all, 15,000 rows to score are enough.
-    repeats = max(2, min(most_repeats, 15_000 // len(train.X)))
+    repeats = max(2, min(max_repeats, 15_000 // len(train.X)))
     splitter = RepeatedStratifiedKFold(n_splits=n_folds, n_repeats=repeats, random_state=seed)
     return list(splitter.split(train.X, train.y))
 
@@ -245,11 +247,11 @@ def score_fold(model, X, y, fold, metrics):
     started = time.perf_counter()
     fitted = clone(model).fit(X.iloc[train_rows], y.iloc[train_rows])
     fit_seconds = time.perf_counter() - started
-    scores = score_answers(y.iloc[test_rows], fitted.predict(X.iloc[test_rows]), metrics)
+    scores = score_predictions(y.iloc[test_rows], fitted.predict(X.iloc[test_rows]), metrics)
     return scores | {"fit_seconds": fit_seconds}
 
 
-def score_answers(y, predicted, metrics):
+def score_predictions(y, predicted, metrics):
     """Return every metric of some predictions, by its name."""
     return {name: score(y, predicted) for name, score in metrics.items()}
 
@@ -279,31 +281,6 @@ def start_scoring(candidates, folds, train, metrics):
     with run_in_parallel(tasks, "generator") as outcomes:
         # They come in the order of the tasks: for each candidate its folds, then its model.
         yield (collect_result(name, outcomes, len(folds)) for name in candidates)
-
-
-@contextmanager
-def run_in_parallel(tasks, return_as):
-    """Run joblib's tasks on all cores, and yield a generator of their results.
-
-    At the end of the `with` block, what still runs is stopped.
-    """
-    others = multiprocessing.active_children()
-    # The workers inherit this. They leave Ctrl-C to this process, which stops them.
-    ctrl_c = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        results = Parallel(n_jobs=-1, return_as=return_as)(tasks)
-    finally:
-        signal.signal(signal.SIGINT, ctrl_c)
-    # Without psutil and `pgrep`, joblib calls worker.kill(), which its workers do not have.
-    for worker in set(multiprocessing.active_children()) - set(others):
-        worker.kill = worker.terminate
-    with warnings.catch_warnings():
-        # joblib warns when tasks are given up, as after Ctrl-C.
-        warnings.filterwarnings("ignore", module="joblib")
-        try:
-            yield results
-        finally:
-            results.close()
 
 
 def attempt(function, *args):
@@ -344,7 +321,7 @@ def log_candidate(result, params, train, test, metrics, trusted_types):
         log_rows(training=train, testing=test)
         try:
             if result.error is not None:
-                raise result.error
+                raise result.error  # to be logged like an error of the next two lines
             model_id = log_model(result.model, train.X, trusted_types)
             test_scores = score_logged_model(model_id, test, metrics)
         except Exception as error:
@@ -365,7 +342,7 @@ def log_candidate(result, params, train, test, metrics, trusted_types):
 def score_logged_model(model_id, test, metrics):
     """Return the scores of a logged model on the hold-out, as test_METRIC."""
     predicted = mlflow.pyfunc.load_model(f"models:/{model_id}").predict(test.X)
-    scores = score_answers(test.y, predicted, metrics)
+    scores = score_predictions(test.y, predicted, metrics)
     return {f"test_{name}": score for name, score in scores.items()}
 
 
@@ -390,11 +367,11 @@ def find_best_models(experiment_id, comparison_id, metric, train):
         "dataset_name": train.dataset.name,
         "dataset_digest": train.dataset.digest,
     }
-    first_listed_first = {"field_name": "creation_timestamp", "ascending": True}
+    earliest_first = {"field_name": "creation_timestamp", "ascending": True}
     return mlflow.search_logged_models(
         [experiment_id],
         filter_string=f"tags.comparison = '{comparison_id}'",
-        order_by=[best_first, first_listed_first],
+        order_by=[best_first, earliest_first],
         output_format="list",
     )
 
@@ -487,7 +464,7 @@ def measure_serving_cost(served, X, seed):
     }
 
 
-def load_results(experiment_id, comparison_id, metric):
+def load_runs(experiment_id, comparison_id, metric):
     """Ask MLflow for the runs of a comparison. Return a DataFrame with all that was logged.
 
     The best is first, as in `find_best_models`; candidates that failed are last.
@@ -499,17 +476,16 @@ def load_results(experiment_id, comparison_id, metric):
     )
 
 
-def recommend(results, risk, noise):
-    """Return the run of the best of the fast candidates that are practically as good as the best.
+def recommend(runs, risk, noise):
+    """Return the run to recommend: the best of those that are good and fast, or None.
 
-    As good: worse than the best by more than ROPE with probability `risk` or less, and better
+    Good: worse than the best by more than ROPE with probability `risk` or less, and better
     than the baseline with probability `1 - risk` or more. Fast: with a latency of up to
-    `noise` times the lowest of those. `results` has the best first. Returns None if no
-    candidate qualifies.
+    `noise` times the lowest of the good ones. `runs` has the best first.
     """
-    as_good = results["metrics.p_worse"] <= risk
-    above_baseline = results["metrics.p_above_baseline"] >= 1 - risk
-    good = results[as_good & above_baseline]
+    as_good = runs["metrics.p_worse"] <= risk
+    above_baseline = runs["metrics.p_above_baseline"] >= 1 - risk
+    good = runs[as_good & above_baseline]
     if good.empty:
         return None
     latency = good["metrics.latency_ms_p50"]
@@ -517,34 +493,34 @@ def recommend(results, risk, noise):
     return fast.iloc[0]
 
 
-def log_choice(results, recommended, fold_scores, metric, train):
+def log_choice(runs, recommended, fold_scores, metric, train):
     """Log to the active run which model is the best, which is recommended, and the baseline."""
     recommended_name = "none" if recommended is None else recommended["tags.mlflow.runName"]
-    mlflow.log_param("best_model", results["tags.mlflow.runName"].iloc[0])
+    mlflow.log_param("best_model", runs["tags.mlflow.runName"].iloc[0])
     mlflow.log_param("recommended_model", recommended_name)
-    best_score = results[f"metrics.cv_{metric}"].iloc[0]
+    best_score = runs[f"metrics.cv_{metric}"].iloc[0]
     mlflow.log_metric(f"best_cv_{metric}", best_score, dataset=train.dataset)
     baseline_score = fold_scores["baseline"].mean()
     mlflow.log_metric(f"baseline_cv_{metric}", baseline_score, dataset=train.dataset)
 
 
-def log_report(results, fold_scores, best, test, metric, rope, n_folds):
-    """Log the tables and the picture to the active run, and a table as its description."""
-    names = results["tags.mlflow.runName"].rename("model")
-    numbers = results.filter(like="metrics.").rename(columns=lambda c: c.removeprefix("metrics."))
-    full_table = numbers.assign(verdict=results["tags.verdict"]).set_index(names)
+def log_report(runs, fold_scores, best, test, metric, rope, n_folds):
+    """Log the report to the active run: two tables, a picture and a description."""
+    names = runs["tags.mlflow.runName"].rename("model")
+    numbers = runs.filter(like="metrics.").rename(columns=lambda c: c.removeprefix("metrics."))
+    full_table = numbers.assign(verdict=runs["tags.verdict"]).set_index(names)
     mlflow.log_text(full_table.to_csv(), "comparison.csv")
     mlflow.log_text(fold_scores.to_csv(index_label="fold"), "folds.csv")
 
     figure = Figure(figsize=(13, 4.5), layout="constrained")
     differences_axes, costs_axes, matrix_axes = figure.subplots(1, 3)
     draw_differences(differences_axes, fold_scores, list(names), metric, rope, n_folds)
-    draw_costs(costs_axes, results, metric)
+    draw_costs(costs_axes, runs, metric)
     predicted = mlflow.pyfunc.load_model(best.model_uri).predict(test.X)
     draw_confusion(matrix_axes, test.y, predicted, f"{names.iloc[0]} on the hold-out")
     mlflow.log_figure(figure, "comparison.png")
 
-    mlflow.set_tag("mlflow.note.content", to_markdown(format_candidates(results, metric)))
+    mlflow.set_tag("mlflow.note.content", to_markdown(format_candidates(runs, metric)))
 
 
 def draw_differences(axes, fold_scores, names, metric, rope, n_folds):
@@ -563,9 +539,9 @@ def draw_differences(axes, fold_scores, names, metric, rope, n_folds):
     axes.set_title("95 % intervals: in the green band,\na difference does not matter")
 
 
-def draw_costs(axes, results, metric):
+def draw_costs(axes, runs, metric):
     """Draw score against latency, with a line through those that no other model beats in both."""
-    points = results.dropna(subset="metrics.latency_ms_p50").sort_values("metrics.latency_ms_p50")
+    points = runs.dropna(subset="metrics.latency_ms_p50").sort_values("metrics.latency_ms_p50")
     latency = points["metrics.latency_ms_p50"]
     score = points[f"metrics.cv_{metric}"]
     # From fast to slow, a model is on the line if it scores higher than every faster one.
@@ -604,12 +580,12 @@ def draw_confusion(axes, y, predicted, title):
     axes.set_title(title)
 
 
-def format_candidates(results, metric):
+def format_candidates(runs, metric):
     """Return a table to be printed: a row for each model, the best first, with units."""
     others = [name for name in ("accuracy", "precision", "recall", "f1") if name != metric]
     others = others[:3]  # as many as fit on a line
     rows = []
-    for _, run in results.iterrows():
+    for _, run in runs.iterrows():
         row = {"model": run["tags.mlflow.runName"]}
         if run["status"] == "FAILED":
             row["against the best"] = f"failed: {run['tags.error']}"
@@ -634,18 +610,18 @@ def to_markdown(table):
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def print_report(comparison_id, results, metric, rope):
+def print_report(comparison_id, runs, metric, rope):
     """Print what the comparison found, as MLflow has it."""
     data = mlflow.get_run(comparison_id).data
     print()
-    print(format_candidates(results, metric).to_string(index=False))
+    print(format_candidates(runs, metric).to_string(index=False))
     baseline = data.metrics[f"baseline_cv_{metric}"]
     print(f"\nBaseline     {metric} {baseline:.4f}, always the most frequent class")
     print(f"Best         {data.params['best_model']}, by its mean {metric} over the folds")
     recommended = data.params["recommended_model"]
     reason = "practically as good as the best, and among the fastest"
     if recommended == "none":
-        reason = "no candidate is shown to beat the baseline"
+        reason = "the best is not shown to beat the baseline"
     print(f"Recommended  {recommended}: {reason}")
     print(f"Percentages are probabilities; a difference of up to {rope} counts as none.")
 
@@ -675,6 +651,32 @@ Load the model with the best {metric} in any process with the same tracking URI:
 """
 
 
+@contextmanager
+def run_in_parallel(tasks, return_as):
+    """Run joblib's tasks on all cores, and yield a generator of their results.
+
+    At the end of the `with` block, what still runs is stopped.
+    """
+    before = multiprocessing.active_children()
+    # The workers inherit this: they leave Ctrl-C to this process, which stops them. While they
+    # start, Ctrl-C is lost.
+    ctrl_c = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        results = Parallel(n_jobs=-1, return_as=return_as)(tasks)
+    finally:
+        signal.signal(signal.SIGINT, ctrl_c)
+    # Without psutil and `pgrep`, joblib calls worker.kill(), which fails for its workers.
+    for worker in set(multiprocessing.active_children()) - set(before):
+        worker.kill = worker.terminate
+    with warnings.catch_warnings():
+        # joblib warns when tasks are given up, as after Ctrl-C.
+        warnings.filterwarnings("ignore", module="joblib")
+        try:
+            yield results
+        finally:
+            results.close()
+
+
 # The rest is the same in all three scripts, so you need to read it only once. It loads the
 # rows, logs the model, opens the store and ends the program.
 
@@ -692,8 +694,7 @@ def load_data(csv=None, target="diagnosis", test_size=0.2, seed=42):
 
     The table is a CSV file with a header, or scikit-learn's breast cancer data. Rows without
     a class are left out. Numbers and true/false become floats, which can hold gaps; text
-    stays. Returns two Rows. Raises UserError if the table cannot be read, or its target not
-    be predicted.
+    stays. Returns two Rows. Raises UserError if the table or its target cannot be used.
     """
     name = table_name(csv)
     table = read_table(csv)
@@ -736,15 +737,15 @@ def read_table(csv):
         raise UserError(f"cannot read {csv}: {error}") from error
 
 
-def check_labels(labels, fewest=7):
-    """Raise UserError unless there are two classes or more, each of `fewest` rows or more.
+def check_labels(labels, min_rows=7):
+    """Raise UserError unless there are two classes or more, each of `min_rows` rows or more.
 
     Of seven rows, five or more are in the training part: one for each of five folds.
     """
     counts = labels.value_counts()
-    if len(counts) < 2 or counts.min() < fewest:
+    if len(counts) < 2 or counts.min() < min_rows:
         raise UserError(
-            f"{labels.name!r} needs 2 or more classes of {fewest} or more rows each, "
+            f"{labels.name!r} needs 2 or more classes of {min_rows} or more rows each, "
             f"but the rarest have {counts.tail().to_dict()}"
         )
 
@@ -780,11 +781,11 @@ def add_preprocessing(model, X):
     are more values, the rarest share one. Values not seen in training become all zeros.
     """
     numbers = make_pipeline(SimpleImputer(keep_empty_features=True), StandardScaler())
-    gap_value = {"strategy": "constant", "keep_empty_features": True}
+    constant = {"strategy": "constant", "keep_empty_features": True}
     text = make_pipeline(
         # A gap is NaN in a table, and None in a request as JSON.
-        SimpleImputer(missing_values=np.nan, **gap_value),
-        SimpleImputer(missing_values=None, **gap_value),
+        SimpleImputer(missing_values=np.nan, **constant),
+        SimpleImputer(missing_values=None, **constant),
         OneHotEncoder(handle_unknown="ignore", max_categories=20, sparse_output=False),
     )
     columns = make_column_transformer(
@@ -837,13 +838,13 @@ def open_store(experiment):
     """
     for name in ("MLFLOW_RUN_ID", "MLFLOW_REGISTRY_URI"):
         if os.environ.get(name):
-            raise UserError(f"unset {name}: this script makes its runs itself, all in one store")
+            raise UserError(f"unset {name}: this script selects its runs and its registry itself")
     if not mlflow.is_tracking_uri_set():
         mlflow.set_tracking_uri(f"sqlite:///{Path('mlflow.db').resolve()}")
     quieten_mlflow()
 
     uri = mlflow.get_tracking_uri()
-    # For the calls after this function: they wait about a minute for a server that restarts.
+    # Later calls retry for about a minute, as a server may restart. Those below do not.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "5")
     try:
         with impatient_requests(), one_process_at_a_time(uri):
@@ -868,7 +869,7 @@ def quieten_mlflow():
 
 @contextmanager
 def impatient_requests():
-    """Let requests fail after seconds if the server does not answer, instead of minutes."""
+    """Let requests to a server that does not answer fail after seconds, not minutes."""
     settings = {
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
         "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
@@ -890,7 +891,7 @@ def connect_once(uri):
 
     MLflow itself would try for 100 seconds, in silence.
     """
-    if not uri.startswith(("http", "sqlite", "file", "databricks")):
+    if uri.startswith(("postgresql", "mysql", "mssql")):
         sqlalchemy.create_engine(uri).connect().close()
 
 
@@ -904,7 +905,7 @@ def one_process_at_a_time(uri):
     if not uri.startswith("sqlite:///"):
         yield
         return
-    lock = unquote(uri.removeprefix("sqlite:///")) + ".lock"
+    lock = sqlalchemy.make_url(uri).database + ".lock"
     with closing(sqlite3.connect(lock, timeout=60)) as connection:
         connection.execute("BEGIN EXCLUSIVE")
         yield
@@ -938,7 +939,8 @@ def hide_secrets(uri):
     scheme, mark, rest = uri.partition("://")
     if not mark or scheme == "sqlite":
         return uri
-    login, at, place = rest.partition("?")[0].rpartition("@")
+    _, at, place = rest.rpartition("@")
+    place = place.partition("?")[0]  # only now, as a password may contain a "?"
     return f"{scheme}://USER:PASSWORD@{place}" if at else f"{scheme}://{place}"
 
 
@@ -955,7 +957,7 @@ def run_as_program(main):
         main()
         return 0
     except KeyboardInterrupt as error:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # it stops already
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # already stopping
         message = str(error) or "by Ctrl-C"
         code = 130
     except UserError as error:
@@ -978,16 +980,15 @@ def interrupt_after_mlflow_call(signal_number, frame, deadline=None):
     half a minute, it stops all the same: a server may be away.
     """
     deadline = deadline or time.monotonic() + 30
-    while frame is not None and time.monotonic() < deadline:
-        if frame.f_globals.get("__name__", "").split(".")[0] == "mlflow":
-            again = partial(interrupt_after_mlflow_call, deadline=deadline)
-            signal.signal(signal_number, again)
-            retry = threading.Timer(0.05, signal.raise_signal, [signal_number])
-            retry.daemon = True
-            retry.start()
-            return
-        frame = frame.f_back
-    raise KeyboardInterrupt
+    modules = [one.f_globals.get("__name__", "") for one, _ in traceback.walk_stack(frame)]
+    in_mlflow = any(module.split(".")[0] == "mlflow" for module in modules)
+    if not in_mlflow or time.monotonic() >= deadline:
+        raise KeyboardInterrupt
+    again = partial(interrupt_after_mlflow_call, deadline=deadline)
+    signal.signal(signal_number, again)
+    retry = threading.Timer(0.05, signal.raise_signal, [signal_number])
+    retry.daemon = True
+    retry.start()
 
 
 if __name__ == "__main__":

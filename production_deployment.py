@@ -1,9 +1,9 @@
 """Take a model to production with MLflow: register, stage, validate, promote, predict, roll back.
 
-A scaled logistic regression is trained on scikit-learn's breast cancer data and registered
-(with --model-uri: any logged scikit-learn model). The new version gets the alias `staging`.
-It is loaded back and must pass a gate on the hold-out, where it is also compared with the
-version in production. Only then does the alias `production` move to it.
+A scaled logistic regression is trained on scikit-learn's breast cancer data and registered (with
+--model-uri: a model that one of these scripts has logged). The new version gets the alias
+`staging`. It is loaded back and must pass a gate on the hold-out, where it is also compared with
+the version in production. Only then does the alias `production` move to it.
 
     python production_deployment.py
     python production_deployment.py --model-uri runs:/RUN_ID/model
@@ -19,8 +19,8 @@ It leaves this in the store (sqlite:///mlflow.db, or MLFLOW_TRACKING_URI where t
     registered model breast-cancer-classifier
     └── version 1, 2, …     with its verdict; aliases staging, production and previous
 
-Exit code 0: promoted, or rolled back. 1: refused. 2: bad input, or a store that fails; if it
-failed late, --history tells whether the version was promoted.
+Exit code 0: promoted, rolled back, or history printed. 1: refused. 2: bad input, or a store that
+fails. 130: Ctrl-C. After 2 or 130, --history tells whether the version was promoted.
 """
 
 # /// script
@@ -32,7 +32,7 @@ failed late, --history tells whether the version was promoted.
 #     "numpy>=1.26,<2.5",
 # ]
 # ///
-# joblib, matplotlib, packaging, scipy, skops, SQLAlchemy and threadpoolctl come with these.
+# joblib, matplotlib, scipy, skops, SQLAlchemy and threadpoolctl come with these.
 
 import logging
 import os
@@ -45,6 +45,7 @@ import sys
 import threading
 import time
 import timeit
+import traceback
 import warnings
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from contextlib import closing, contextmanager, redirect_stderr
@@ -53,7 +54,7 @@ from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
-from urllib.parse import quote, unquote
+from urllib.parse import quote
 
 import mlflow
 import numpy as np
@@ -61,7 +62,6 @@ import pandas as pd
 import sqlalchemy
 from matplotlib.figure import Figure
 from mlflow.models import EvaluationResult, MetricThreshold, Model
-from packaging.version import Version
 from sklearn.compose import make_column_transformer
 from sklearn.datasets import load_breast_cancer
 from sklearn.dummy import DummyClassifier
@@ -132,7 +132,7 @@ class UserError(Exception):
 
 
 class Refused(UserError):
-    """There is no result that should be used. The exit code tells it from bad input."""
+    """There is no result that should be used. Its exit code differs from that of bad input."""
 
     exit_code = 1
 
@@ -155,6 +155,7 @@ def deploy(args, name):
     experiment_id = open_store(EXPERIMENT)
     champion = load_champion(name, train, TRUSTED)
     if args.model_uri is not None:
+        # Before the run starts, so that a model that is refused here leaves no run.
         model_id = check_logged_model(args.model_uri, train, TRUSTED)
 
     with mlflow.start_run(run_name="deployment"):
@@ -164,14 +165,14 @@ def deploy(args, name):
             model_id = train_model(train, TRUSTED)
         version = register(name, model_id, train)
 
-        # What will be served is what is judged: the version, loaded from the registry.
+        # Judge what will be served: the version, loaded from the registry.
         candidate = load_checked(f"models:/{name}/{version}", train.X.columns, TRUSTED)
         score = METRICS[args.metric]
         metrics = evaluate(candidate, train, test, score)
         metrics |= compare(candidate, champion.model, test, score, TOLERANCE, SEED)
         metrics |= compare_with_history(experiment_id, name, args.metric, test, metrics["score"])
         mlflow.log_metrics(metrics, model_id=model_id, dataset=test.dataset)
-        mlflow.log_figure(draw_answers(candidate, champion.model, test), "gate.png")
+        mlflow.log_figure(draw_confusions(candidate, champion.model, test), "gate.png")
 
         gate = choose_gate(GATE, metrics, args.min_score, args.csv)
         missed = missed_limits(metrics, gate)
@@ -215,11 +216,21 @@ def parse_args(argv):
     return parser.parse_args(argv)
 
 
+def check_skops():
+    """Raise UserError if the installed skops has known security holes.
+
+    Releases before 0.12 can run code from a file that they load (CVE-2025-54412, -54413).
+    """
+    major, minor = metadata.version("skops").split(".")[:2]
+    if (int(major), int(minor)) < (0, 12):
+        raise UserError("this skops has security holes; run: pip install --upgrade skops")
+
+
 class Champion(NamedTuple):
     """The version in production."""
 
     version: str | None  # None if there is none
-    model: mlflow.pyfunc.PyFuncModel | None  # None as well if it may not be loaded
+    model: mlflow.pyfunc.PyFuncModel | None  # None as well if it cannot be used
 
 
 def load_champion(name, train, trusted_types):
@@ -235,7 +246,7 @@ def load_champion(name, train, trusted_types):
     model_uri = f"models:/{name}/{version}"
     try:
         model = load_checked(model_uri, train.X.columns, trusted_types)
-        check_answers(model, model_uri, train)
+        check_predictions(model, model_uri, train)
     except UnusableModel as error:
         print(f"Note: the candidate is not compared with version {version} in production: {error}")
         return Champion(version, None)
@@ -253,7 +264,7 @@ def check_logged_model(model_uri, train, trusted_types):
     these: the hold-out may be among them, and its score would be too good.
     """
     model = load_checked(model_uri, train.X.columns, trusted_types)
-    check_answers(model, model_uri, train)
+    check_predictions(model, model_uri, train)
     model_id = model.model_id
     logged = mlflow.get_logged_model(model_id)  # raises an error if this store does not have it
     # The ID is from the model's own files, which could name another model than the URI does.
@@ -268,13 +279,13 @@ def check_logged_model(model_uri, train, trusted_types):
     return model_id
 
 
-def check_answers(model, model_uri, train):
+def check_predictions(model, model_uri, train):
     """Raise UnusableModel unless a loaded model predicts classes of the training rows."""
     try:
-        answers = set(model.predict(train.X.head()))
+        predicted = set(model.predict(train.X.head()))
     except Exception as error:
         raise UnusableModel(f"{model_uri} does not predict: {error}") from error
-    others = answers - set(train.y)
+    others = predicted - set(train.y)
     if others:
         raise UnusableModel(
             f"{model_uri} predicts {others.pop()!r}, which is not one of the classes"
@@ -307,14 +318,14 @@ def training_digests(model_id):
 
 def train_model(train, trusted_types):
     """Fit a logistic regression on the training rows, log it, and return its model ID."""
-    print("Train a model and log it", flush=True)
+    print("Training a model and logging it", flush=True)
     model = add_preprocessing(LogisticRegression(max_iter=1000), train.X)
     return log_model(model.fit(train.X, train.y), train.X, trusted_types)
 
 
 def register(name, model_id, train):
     """Register a logged model as a new version with the alias `staging`, and return its number."""
-    print("Register it as a new version with the alias `staging`", flush=True)
+    print("Registering it as a new version with the alias `staging`", flush=True)
     with redirect_stderr(sys.stdout):  # MLflow reports success on stderr
         registered = mlflow.register_model(f"models:/{model_id}", name)
     set_alias(name, "staging", registered.version)
@@ -332,7 +343,7 @@ def register(name, model_id, train):
 
 def evaluate(model, train, test, score):
     """Return the metrics of a loaded model, on the hold-out: see GATE for their meaning."""
-    print("Evaluate the staged version on the hold-out", flush=True)
+    print("Evaluating the staged version on the hold-out", flush=True)
     model_score = score(test.y, model.predict(test.X))
     baseline = DummyClassifier().fit(train.X, train.y)
     baseline_score = score(test.y, baseline.predict(test.X))
@@ -346,17 +357,17 @@ def evaluate(model, train, test, score):
 
 
 def compare(candidate, champion, test, score, tolerance, seed):
-    """Return the metrics that compare a candidate with the champion, or none if that is None."""
+    """Return the metrics that compare a candidate with the champion; none without one."""
     if champion is None:
         return {}
-    answers = candidate.predict(test.X)
-    champion_answers = champion.predict(test.X)
-    below = rounded_difference(score(test.y, champion_answers), score(test.y, answers))
-    p_below = probability_of_loss(test.y, answers, champion_answers, score, tolerance, seed)
+    predicted = candidate.predict(test.X)
+    champion_predicted = champion.predict(test.X)
+    below = rounded_difference(score(test.y, champion_predicted), score(test.y, predicted))
+    p_below = probability_of_loss(test.y, predicted, champion_predicted, score, tolerance, seed)
     return {"below_production": below, "p_below_production": p_below}
 
 
-def compare_with_history(experiment_id, name, metric, test, score):
+def compare_with_history(experiment_id, name, metric, test, candidate_score):
     """Return how far a score is below the best on this hold-out that was ever in production.
 
     A version that was rolled back counts as well: delete its run to forget it. One whose
@@ -366,31 +377,36 @@ def compare_with_history(experiment_id, name, metric, test, score):
     promoted = mlflow.search_runs(
         [experiment_id],
         f"tags.registered_model = '{name}' AND tags.outcome = 'promoted'"
-        f" AND tags.training_rows = 'known'"
         f" AND tags.holdout_digest = '{test.dataset.digest}' AND params.metric = '{metric}'",
+        output_format="list",
     )
-    if promoted.empty:
+    known = mlflow.MlflowClient().search_model_versions(
+        f"name = '{name}' AND tags.training_rows = 'known'"
+    )
+    versions = {str(version.version) for version in known}
+    scores = [run.data.metrics["score"] for run in promoted if run.data.tags["version"] in versions]
+    if not scores:
         return {}
-    return {"below_best_ever": rounded_difference(promoted["metrics.score"].max(), score)}
+    return {"below_best_ever": rounded_difference(max(scores), candidate_score)}
 
 
-def probability_of_loss(y, answers, champion_answers, score, tolerance, seed, draws=1000):
+def probability_of_loss(y, predicted, champion_predicted, score, tolerance, seed, draws=1000):
     """Return how probable it is that a candidate loses to a champion by more than `tolerance`.
 
     A paired bootstrap (Efron and Tibshirani, An Introduction to the Bootstrap, 1993): both
     are scored on the same rows, which are drawn anew, with replacement, `draws` times.
     """
-    codes = np.concatenate([y, answers, champion_answers])
-    if codes.dtype.kind not in "iuf":
+    codes = np.concatenate([y, predicted, champion_predicted])
+    if codes.dtype.kind not in "iuf":  # text: only a regression predicts numbers
         # Numbers are scored faster than text. Their order is that of the classes.
         codes, _ = pd.factorize(codes, sort=True)
-    y, answers, champion_answers = np.split(codes, 3)
+    y, predicted, champion_predicted = np.split(codes, 3)
     rng = np.random.default_rng(seed)
     worse = 0
     for _ in range(draws):
         rows = rng.integers(len(y), size=len(y))
         loss = rounded_difference(
-            score(y[rows], champion_answers[rows]), score(y[rows], answers[rows])
+            score(y[rows], champion_predicted[rows]), score(y[rows], predicted[rows])
         )
         worse += loss > tolerance
     return worse / draws
@@ -428,7 +444,7 @@ def rounded_difference(a, b):
     return round(a - b, 12)
 
 
-def draw_answers(candidate, champion, test):
+def draw_confusions(candidate, champion, test):
     """Return a figure: the confusion matrices of the candidate and, beside it, the champion."""
     models = {"The candidate": candidate}
     if champion is not None:
@@ -487,7 +503,11 @@ def missed_limits(metrics, gate):
 
 
 def log_verdict(name, version, champion, metrics, gate, missed, test):
-    """Print the verdict, and write it to the version and to the active run."""
+    """Print the verdict, and write it to the version and to the active run.
+
+    The run's tag `outcome` is read by compare_with_history and print_history. It is "refused",
+    or "passed"; then promote() makes it "unfinished", and at its end "promoted".
+    """
     table = format_gate(metrics, gate)
     print(table.to_string(index=False), flush=True)
     verdict = "failed" if missed else "passed"
@@ -498,7 +518,6 @@ def log_verdict(name, version, champion, metrics, gate, missed, test):
         f"Production version it was compared with: {compared_with}.\n\n{to_markdown(table)}"
     )
     client = mlflow.MlflowClient()
-    training_rows = client.get_model_version(name, version).tags.get("training_rows", "unknown")
     client.update_model_version(name, version, description)
     client.set_model_version_tag(name, version, "validation_status", verdict)
     client.set_model_version_tag(name, version, "compared_with", compared_with)
@@ -508,8 +527,7 @@ def log_verdict(name, version, champion, metrics, gate, missed, test):
             "version": version,
             "champion": champion.version or "none",
             "holdout_digest": test.dataset.digest,
-            "training_rows": training_rows,
-            "outcome": "refused" if missed else "passed",  # promote() changes it to "promoted"
+            "outcome": "refused" if missed else "passed",
             "mlflow.note.content": description,
         }
     )
@@ -564,7 +582,7 @@ def one_promotion_at_a_time(experiment_id, name, patience=60):
         other_id = others[0].info.run_id
         if time.time() > deadline:
             raise UserError(f"run {other_id} is promoting a version of {name}")
-        print(f"Wait for run {other_id}, which is promoting a version as well", flush=True)
+        print(f"Waiting for run {other_id}, which is promoting a version as well", flush=True)
         time.sleep(random.uniform(0.1, 2))
     try:
         yield
@@ -581,12 +599,12 @@ def promote(name, version, replaces, outcome="promoted"):
     if current != replaces:
         mlflow.set_tag("outcome", "refused")
         raise Refused(f"version {current} has come into production meanwhile; run this again")
-    print(f"Move the alias `production` to version {version}", flush=True)
+    print(f"Moving the alias `production` to version {version}", flush=True)
     client = mlflow.MlflowClient()
     mlflow.set_tag("outcome", "unfinished")  # what --history shows if this process is killed here
     if replaces is not None:
-        # If it is killed between the two moves, both aliases point at `replaces`. A rollback
-        # then reads the tag `replaces` of that version: see previous_version.
+        # If it is killed between the two moves, both aliases point at the old version. A
+        # rollback then goes to the one that this had replaced: see previous_version.
         client.set_model_version_tag(name, version, "replaces", replaces)
         client.set_model_version_tag(name, replaces, "was_in_production", "yes")
         set_alias(name, "previous", replaces)
@@ -599,7 +617,7 @@ def promote(name, version, replaces, outcome="promoted"):
 def set_legacy_stage(name, version):
     """Set the stage Production, for those who still load models:/NAME/Production.
 
-    MLflow deprecates stages since 2.9, in favour of aliases. Leave this out if nobody does.
+    MLflow has deprecated stages since 2.9, in favour of aliases. Leave this out if unused.
     """
     client = mlflow.MlflowClient()
     try:
@@ -611,7 +629,8 @@ def set_legacy_stage(name, version):
         print(f"Note: the alias has moved, but the legacy stage could not be set: {error}")
 
 
-# Indented lines are commands for a shell, which look up the alias `production` when they run.
+# Indented lines are shell commands. Those with @production follow the alias; the others
+# deploy one version.
 GUIDE = """# Deploy {name} version {number} from this store
 
     export MLFLOW_TRACKING_URI={store}
@@ -676,7 +695,7 @@ def deployment_guide(name, version):
 
 def predict_with_production(name, test, trusted_types):
     """Return rows of the hold-out, their class, and what the version in production predicts."""
-    print("Load the version in production and predict rows of the hold-out\n", flush=True)
+    print("Predicting rows of the hold-out with the version in production\n", flush=True)
     model = load_checked(f"models:/{name}@production", test.X.columns, trusted_types)
     rows = test.X.head()
     return rows.iloc[:, :3].assign(actual=test.y, predicted=model.predict(rows))
@@ -688,7 +707,8 @@ def predict_with_production(name, test, trusted_types):
 def roll_back(experiment_id, name, to):
     """Put an earlier version back into production: `to` is its number, or "previous".
 
-    A second rollback to "previous" undoes the first. Raises UserError for any other version.
+    A second rollback to "previous" undoes the first. Raises UserError for a version that is in
+    production now, or never was.
     """
     aliases = get_aliases(name)
     current = aliases.get("production")
@@ -765,15 +785,6 @@ class UnusableModel(UserError):
     """A model that could run code, is broken, or does not fit the data."""
 
 
-def check_skops():
-    """Raise UserError if the installed skops has known security holes.
-
-    Releases before 0.12 can run code from a file that they load (CVE-2025-54412, -54413).
-    """
-    if Version(metadata.version("skops")) < Version("0.12"):
-        raise UserError("this skops has security holes; run: pip install --upgrade skops")
-
-
 def load_checked(model_uri, columns, trusted_types):
     """Fetch a model, check the copy, and load that same copy.
 
@@ -796,16 +807,19 @@ def load_checked(model_uri, columns, trusted_types):
         except UserError:
             raise
         except Exception as error:
-            # What a broken or forged file raises depends on who reads it.
+            # A broken or forged file can raise anything.
             raise UnusableModel(f"{model_uri} cannot be loaded: {error}") from error
 
 
 def fetch_model(model_uri, folder):
     """Download a model into a folder, and return its path. Raises UserError if that fails."""
     try:
-        return Path(mlflow.artifacts.download_artifacts(model_uri, dst_path=folder))
+        path = Path(mlflow.artifacts.download_artifacts(model_uri, dst_path=folder))
     except Exception as error:
         raise UserError(f"cannot fetch {model_uri}: {error}") from error
+    if not (path / "MLmodel").exists():
+        raise UserError(f"cannot fetch {model_uri}: its files are gone")
+    return path
 
 
 # What a model of these scripts consists of. Everything else is refused.
@@ -894,8 +908,7 @@ def load_data(csv=None, target="diagnosis", test_size=0.2, seed=42):
 
     The table is a CSV file with a header, or scikit-learn's breast cancer data. Rows without
     a class are left out. Numbers and true/false become floats, which can hold gaps; text
-    stays. Returns two Rows. Raises UserError if the table cannot be read, or its target not
-    be predicted.
+    stays. Returns two Rows. Raises UserError if the table or its target cannot be used.
     """
     name = table_name(csv)
     table = read_table(csv)
@@ -938,15 +951,15 @@ def read_table(csv):
         raise UserError(f"cannot read {csv}: {error}") from error
 
 
-def check_labels(labels, fewest=7):
-    """Raise UserError unless there are two classes or more, each of `fewest` rows or more.
+def check_labels(labels, min_rows=7):
+    """Raise UserError unless there are two classes or more, each of `min_rows` rows or more.
 
     Of seven rows, five or more are in the training part: one for each of five folds.
     """
     counts = labels.value_counts()
-    if len(counts) < 2 or counts.min() < fewest:
+    if len(counts) < 2 or counts.min() < min_rows:
         raise UserError(
-            f"{labels.name!r} needs 2 or more classes of {fewest} or more rows each, "
+            f"{labels.name!r} needs 2 or more classes of {min_rows} or more rows each, "
             f"but the rarest have {counts.tail().to_dict()}"
         )
 
@@ -982,11 +995,11 @@ def add_preprocessing(model, X):
     are more values, the rarest share one. Values not seen in training become all zeros.
     """
     numbers = make_pipeline(SimpleImputer(keep_empty_features=True), StandardScaler())
-    gap_value = {"strategy": "constant", "keep_empty_features": True}
+    constant = {"strategy": "constant", "keep_empty_features": True}
     text = make_pipeline(
         # A gap is NaN in a table, and None in a request as JSON.
-        SimpleImputer(missing_values=np.nan, **gap_value),
-        SimpleImputer(missing_values=None, **gap_value),
+        SimpleImputer(missing_values=np.nan, **constant),
+        SimpleImputer(missing_values=None, **constant),
         OneHotEncoder(handle_unknown="ignore", max_categories=20, sparse_output=False),
     )
     columns = make_column_transformer(
@@ -1039,13 +1052,13 @@ def open_store(experiment):
     """
     for name in ("MLFLOW_RUN_ID", "MLFLOW_REGISTRY_URI"):
         if os.environ.get(name):
-            raise UserError(f"unset {name}: this script makes its runs itself, all in one store")
+            raise UserError(f"unset {name}: this script selects its runs and its registry itself")
     if not mlflow.is_tracking_uri_set():
         mlflow.set_tracking_uri(f"sqlite:///{Path('mlflow.db').resolve()}")
     quieten_mlflow()
 
     uri = mlflow.get_tracking_uri()
-    # For the calls after this function: they wait about a minute for a server that restarts.
+    # Later calls retry for about a minute, as a server may restart. Those below do not.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "5")
     try:
         with impatient_requests(), one_process_at_a_time(uri):
@@ -1070,7 +1083,7 @@ def quieten_mlflow():
 
 @contextmanager
 def impatient_requests():
-    """Let requests fail after seconds if the server does not answer, instead of minutes."""
+    """Let requests to a server that does not answer fail after seconds, not minutes."""
     settings = {
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
         "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
@@ -1092,7 +1105,7 @@ def connect_once(uri):
 
     MLflow itself would try for 100 seconds, in silence.
     """
-    if not uri.startswith(("http", "sqlite", "file", "databricks")):
+    if uri.startswith(("postgresql", "mysql", "mssql")):
         sqlalchemy.create_engine(uri).connect().close()
 
 
@@ -1106,7 +1119,7 @@ def one_process_at_a_time(uri):
     if not uri.startswith("sqlite:///"):
         yield
         return
-    lock = unquote(uri.removeprefix("sqlite:///")) + ".lock"
+    lock = sqlalchemy.make_url(uri).database + ".lock"
     with closing(sqlite3.connect(lock, timeout=60)) as connection:
         connection.execute("BEGIN EXCLUSIVE")
         yield
@@ -1140,7 +1153,8 @@ def hide_secrets(uri):
     scheme, mark, rest = uri.partition("://")
     if not mark or scheme == "sqlite":
         return uri
-    login, at, place = rest.partition("?")[0].rpartition("@")
+    _, at, place = rest.rpartition("@")
+    place = place.partition("?")[0]  # only now, as a password may contain a "?"
     return f"{scheme}://USER:PASSWORD@{place}" if at else f"{scheme}://{place}"
 
 
@@ -1157,7 +1171,7 @@ def run_as_program(main):
         main()
         return 0
     except KeyboardInterrupt as error:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # it stops already
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # already stopping
         message = str(error) or "by Ctrl-C"
         code = 130
     except UserError as error:
@@ -1180,16 +1194,15 @@ def interrupt_after_mlflow_call(signal_number, frame, deadline=None):
     half a minute, it stops all the same: a server may be away.
     """
     deadline = deadline or time.monotonic() + 30
-    while frame is not None and time.monotonic() < deadline:
-        if frame.f_globals.get("__name__", "").split(".")[0] == "mlflow":
-            again = partial(interrupt_after_mlflow_call, deadline=deadline)
-            signal.signal(signal_number, again)
-            retry = threading.Timer(0.05, signal.raise_signal, [signal_number])
-            retry.daemon = True
-            retry.start()
-            return
-        frame = frame.f_back
-    raise KeyboardInterrupt
+    modules = [one.f_globals.get("__name__", "") for one, _ in traceback.walk_stack(frame)]
+    in_mlflow = any(module.split(".")[0] == "mlflow" for module in modules)
+    if not in_mlflow or time.monotonic() >= deadline:
+        raise KeyboardInterrupt
+    again = partial(interrupt_after_mlflow_call, deadline=deadline)
+    signal.signal(signal_number, again)
+    retry = threading.Timer(0.05, signal.raise_signal, [signal_number])
+    retry.daemon = True
+    retry.start()
 
 
 if __name__ == "__main__":

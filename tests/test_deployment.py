@@ -208,7 +208,7 @@ def test_the_picture_shows_the_answers_of_both(deployed):
     train, test = script.load_data()
     candidate = mlflow.pyfunc.load_model(f"models:/{NAME}/1")
     champion = DummyClassifier().fit(train.X, train.y)
-    figure = script.draw_answers(candidate, champion, test)
+    figure = script.draw_confusions(candidate, champion, test)
     assert len(figure.axes) == 2
     for axes, model in zip(figure.axes, (candidate, champion), strict=True):
         counts = confusion_matrix(test.y, model.predict(test.X))
@@ -219,7 +219,7 @@ def test_the_picture_shows_the_answers_of_both(deployed):
             assert shown.get(cell, "") == text
         labels = [tick.get_text() for tick in axes.get_yticklabels()]
         assert labels == ["benign", "malignant"]
-    assert len(script.draw_answers(candidate, None, test).axes) == 1
+    assert len(script.draw_confusions(candidate, None, test).axes) == 1
     (run_,) = deployments()
     files = mlflow.artifacts.list_artifacts(run_id=run_.info.run_id)
     assert {file.path for file in files} == {"gate.png", "deployment_guide.md"}
@@ -634,7 +634,7 @@ model = script.add_preprocessing(script.LogisticRegression(), train.X).fit(train
 options = {{"serialization_format": "skops", "skops_trusted_types": script.TRUSTED}}
 mlflow.sklearn.save_model(model, "any", pip_requirements=["numpy"], **options)
 mlflow.pyfunc.load_model("any").predict(test.X)
-script.draw_answers(model, model, test).savefig("any.png")
+script.draw_confusions(model, model, test).savefig("any.png")
 # Six at once are slow, and none of what is tested here goes by chance.
 script.GATE["latency_ms"] = MetricThreshold(threshold=10_000, greater_is_better=False)
 script.probability_of_loss = partial(script.probability_of_loss, draws=20)
@@ -1083,7 +1083,7 @@ def test_the_guide_names_this_version_and_every_platform(guide):
     assert json.loads(manifest)["kind"] == "InferenceService"
     (served,) = re.findall(r"--json '(.*)'", text)
     entity = json.loads(served)["config"]["served_entities"][0]
-    assert entity["entity_version"] == "1"
+    assert entity["entity_version"] == "VERSION"  # Unity Catalog has its own numbers
     assert not re.search(r"0\.0\.0\.0|--no-conda|enable-mlserver", text)
 
 

@@ -157,7 +157,7 @@ def test_two_comparisons_in_one_process_are_as_two_programs(notebook):
     assert set(children(first)) == {"tree", "line", "tuned_forest"}
     assert set(children(second)) == {"tree", "line"}
     assert second.data.params["recommended_model"] == "none"
-    assert "Refused: no candidate" in printed["stdout"]
+    assert "Refused: the best is not shown" in printed["stdout"]
     assert [run.info.status for run in (first, second)] == ["FINISHED"] * 2
     assert "best_cv_accuracy" in first.data.metrics and "best_cv_recall" in second.data.metrics
 

@@ -315,7 +315,7 @@ def test_start_trials_yields_each_trial_and_the_error_of_one_that_fails(parts, m
 
 def test_trials_are_logged_ranked_and_found_unfinished(experiment, parts):
     """log_trial, find_best_trials and unfinished_trials work on the same runs of MLflow."""
-    tuning = paste(TUNING, "Trial", "log_trial", "find_best_trials", "unfinished_trials")
+    tuning = paste(TUNING, "TrialResult", "log_trial", "find_best_trials", "unfinished_trials")
     settings = {"grid": "{'a': [1, 2]}"}
     trials = {f"trial-{number:04}": {"a": number} for number in range(1, 7)}
     scores = {"trial-0003": 0.7, "trial-0001": 0.8, "trial-0002": 0.8, "trial-0004": 0.75}
@@ -847,7 +847,7 @@ def test_a_search_by_mean_absolute_error_finds_the_smallest(experiment, numbers)
     train, test = numbers
     tuning = paste(
         TUNING,
-        *("run_trial", "Trial", "log_trial", "find_best_trials", "mean_scores", "refit_best"),
+        *("run_trial", "TrialResult", "log_trial", "find_best_trials", "mean_scores", "refit_best"),
         "cheapest_within_one_standard_error",
         along=["TRUSTED"],
         instead=REGRESSION,

@@ -331,7 +331,7 @@ def test_functions_copied_into_a_regression_find_the_least_error(folder):
         return RandomForestRegressor(**params, random_state=seed)
 
     pasted = copied(
-        *("Trial", "try_trial", "run_trial", "log_trial", "find_best_trials", "log_best"),
+        *("TrialResult", "try_trial", "run_trial", "log_trial", "find_best_trials", "log_best"),
         *("refit_best", "log_model", "cheapest_within_one_standard_error"),
         make_forest=make_forest,
         StratifiedKFold=KFold,
