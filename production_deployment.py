@@ -300,6 +300,8 @@ def trained_on_other_rows(model_id, train):
 
 def training_digests(model_id):
     """Return the digests of the data sets that a model was trained on; none if unknown."""
+    if model_id is None:  # it was saved, but not logged
+        return set()
     try:
         run_id = mlflow.get_logged_model(model_id).source_run_id
         if run_id is None:  # it was logged outside of a run

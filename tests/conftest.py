@@ -20,6 +20,16 @@ SCRIPTS = ("hyperparameter_tuning.py", "model_comparison.py", "production_deploy
 SOON = 30  # seconds, for what takes 10 at the most: the machine may be slow, and another test runs
 
 
+# Files that take minutes. They start first, so that no core idles at the end.
+LONG_FILES = ["comparison", "deployment", "team", "tuning", "own_data", "main_job", "readme"]
+
+
+def pytest_collection_modifyitems(items):
+    """Put the tests of the long files first; the order within a file stays."""
+    order = {f"test_{name}.py": number for number, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
+
+
 def user_env(**extra):
     """Return the environment of a user: this one without MLflow's settings, which tests may set."""
     own = ("MLFLOW", "GIT_PYTHON")  # a script that a test imports may have set some of these

@@ -427,7 +427,7 @@ def test_databricks_is_sent_every_field():
         client.serving_endpoints.create(**body | {"config": config})
     assert asked[-1] == ("POST", "/api/2.0/serving-endpoints", body)
     assert body["name"] == NAME
-    assert body["config"]["served_entities"][0]["entity_version"] == "1"
+    assert body["config"]["served_entities"][0]["entity_version"] == "VERSION"
 
 
 # Kubernetes with KServe

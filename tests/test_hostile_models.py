@@ -654,7 +654,7 @@ def test_unknown_training_rows_are_pointed_out(in_a_run, shop):
     tags = mlflow.MlflowClient().get_model_version(NAME, "1").tags if process.stdout else {}
     nothing_is_registered()
     assert_success(process)
-    assert "does not know which rows" in process.stdout
+    assert "training rows are unknown" in process.stdout
     assert any("unknown" in value for value in tags.values()), tags
 
 
