@@ -1079,6 +1079,8 @@ def quieten_mlflow():
     logging.getLogger("alembic").setLevel(logging.WARNING)
     # This one logs the errors that it also raises.
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
+    # This one warns if there is no pip, as in the environments that uv makes.
+    logging.getLogger("mlflow.utils.environment").setLevel(logging.ERROR)
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 

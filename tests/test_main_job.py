@@ -372,6 +372,29 @@ def test_a_model_found_elsewhere_takes_the_same_way(main_job, rows, tmp_path):
         }
 
 
+WITHOUT_PIP = """
+import importlib.metadata as metadata
+version = metadata.version
+
+def version_but_pip(name):
+    if name == "pip":
+        raise metadata.PackageNotFoundError(name)
+    return version(name)
+
+metadata.version = version_but_pip
+"""
+
+
+def test_an_environment_without_pip_as_uv_makes_them(tmp_path):
+    """The model that it logs is deployed: a line `pip` without a version is nothing to fear."""
+    (tmp_path / "sitecustomize.py").write_text(WITHOUT_PIP)
+    process = run(SCRIPTS[2], cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    assert_success(process)
+    store(tmp_path)
+    model_uri = f"models:/{NAME}@production"
+    assert "- pip\n" in mlflow.artifacts.load_text(f"{model_uri}/conda.yaml")
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_says_what_the_script_does_and_leaves(script, tmp_path):
     """In a terminal of Western Windows too, which cannot show the lines of the tree."""

@@ -1,5 +1,7 @@
 """The README: its commands, its code blocks as they stand, the output that it shows, its keys."""
 
+import json
+import os
 import re
 import shutil
 import subprocess
@@ -96,6 +98,38 @@ def test_the_python_blocks_run_as_they_stand(number, main_job, tmp_path):
         assert (last, states) == ("1", ["KILLED", "RUNNING"])
     if 'run_name="' in block:
         assert process.stderr.count("Traceback") == 0
+
+
+def index_for_uv():
+    """Return the settings of uv that name the index which pip has, or None if there is no index."""
+    asked = [sys.executable, "-m", "pip", "config", "get", "global.index-url"]
+    index = subprocess.run(asked, capture_output=True, text=True).stdout.strip()
+    settings = {"UV_DEFAULT_INDEX": index} if index else {}
+    settings["SSL_CERT_FILE"] = os.environ.get("PIP_CERT", "")
+    command = ["uv", "pip", "compile", "-", "--quiet"]
+    env = user_env(**{name: value for name, value in settings.items() if value})
+    if shutil.which("uv", path=env["PATH"]) is None:
+        return None
+    tried = subprocess.run(command, env=env, input="skops", text=True, capture_output=True)
+    return env if tried.returncode == 0 else None
+
+
+def test_the_model_answers_in_the_environment_that_a_server_builds(main_job, tmp_path):
+    """It installs the model's requirements, which takes a minute."""
+    env = index_for_uv()
+    if env is None:
+        pytest.skip("no uv here, or no index for it")
+    (block,) = [block for block in blocks("python") if 'env_manager="uv"' in block]
+    shutil.copy(main_job[0] / "mlflow.db", tmp_path)
+    (tmp_path / "block.py").write_text(block)
+    process = subprocess.run(
+        [sys.executable, "block.py"], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
+    assert process.returncode == 0, process.stderr
+    answers = json.loads((tmp_path / "answers.json").read_text())["predictions"]
+    store(tmp_path)
+    model = mlflow.pyfunc.load_model("models:/breast-cancer-classifier@production")
+    assert answers == list(model.predict(model.input_example))
 
 
 def documented(section):
