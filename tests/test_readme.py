@@ -9,7 +9,17 @@ import sys
 
 import mlflow
 import pytest
-from conftest import ROOT, SCRIPTS, children, parents, store, user_env
+from conftest import (
+    ROOT,
+    SCRIPTS,
+    assert_success,
+    children,
+    edited,
+    parents,
+    run,
+    store,
+    user_env,
+)
 
 TEXT = (ROOT / "README.md").read_text()
 SECTIONS = dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", TEXT, re.M | re.S))
@@ -132,6 +142,21 @@ def test_the_model_answers_in_the_environment_that_a_server_builds(main_job, tmp
     assert answers == list(model.predict(model.input_example))
 
 
+def test_memory_and_cpu_are_logged_to_the_search(tmp_path):
+    """The setting of the README, and another one that asks every second."""
+    (block,) = [block for block in blocks("bash") if "SYSTEM_METRICS" in block]
+    setting, *command = block.splitlines()[1].split()
+    assert command == ["python", SCRIPTS[0]]
+    script = edited(tmp_path, SCRIPTS[0], PARAM_GRID={"n_estimators": [50, 100, 150]})
+    env = dict([setting.split("=")], MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL="1")
+    process = run(script, cwd=tmp_path, **env)
+    assert_success(process)
+    store(tmp_path)
+    (search,) = parents("hyperparameter-tuning")
+    assert 0 < search.data.metrics["system/system_memory_usage_percentage"] < 100
+    assert "system/cpu_utilization_percentage" in search.data.metrics
+
+
 def documented(section):
     """Return the keys that a section lists: what stands in backticks in the first column."""
     rows = re.findall(r"^\| (`.*?) \|", SECTIONS[section], re.M)
@@ -141,10 +166,10 @@ def documented(section):
 def logged(runs):
     """Return the keys of all that the runs hold, MLflow's own tags and the models aside."""
     keys = set()
-    for run in runs:
-        keys |= run.data.params.keys() | run.data.metrics.keys()
-        keys |= {key for key in run.data.tags if not key.startswith("mlflow.")}
-        files = mlflow.artifacts.list_artifacts(run_id=run.info.run_id)
+    for one in runs:
+        keys |= one.data.params.keys() | one.data.metrics.keys()
+        keys |= {key for key in one.data.tags if not key.startswith("mlflow.")}
+        files = mlflow.artifacts.list_artifacts(run_id=one.info.run_id)
         keys |= {file.path for file in files if file.path != "model"}
     return keys
 
