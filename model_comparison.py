@@ -767,8 +767,7 @@ def check_features(features):
 
 def make_rows(X, y, name):
     """Return Rows with an MLflow data set of this name."""
-    # MLflow looks for the commit of this file. Where git is missing, it prints much advice.
-    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+    quieten_mlflow()
     table = pd.concat([X, y], axis="columns")
     return Rows(X, y, mlflow.data.from_pandas(table, targets=y.name, name=name))
 
@@ -865,6 +864,8 @@ def quieten_mlflow():
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
     # This one warns if there is no pip, as in the environments that uv makes.
     logging.getLogger("mlflow.utils.environment").setLevel(logging.ERROR)
+    # MLflow looks for the commit of a script. Where git is missing, it prints much advice.
+    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 

@@ -7,6 +7,7 @@ MLflow does not know, as it knows no name but localhost.
 
 import contextlib
 import datetime
+import inspect
 import ipaddress
 import logging
 import os
@@ -65,11 +66,13 @@ def free_port(host):
 def write_certificates(folder):
     """Write a certificate for HOST, its key, and the certificate of the authority that signs it."""
     ca, key = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
-    authority = x509.BasicConstraints(ca=True, path_length=None)
-    address = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(HOST))])
+    uses = dict.fromkeys(inspect.signature(x509.KeyUsage).parameters, False)
+    signing = x509.KeyUsage(**uses | {"key_cert_sign": True, "digital_signature": True})
+    authority = [x509.BasicConstraints(ca=True, path_length=None), signing]
+    address = [x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(HOST))])]
     now = datetime.datetime.now(datetime.UTC)
-    for name, owner, extension in (("ca", ca, authority), ("cert", key, address)):
-        certificate = (
+    for name, owner, extensions in (("ca", ca, authority), ("cert", key, address)):
+        builder = (
             x509.CertificateBuilder()
             .subject_name(x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)]))
             .issuer_name(x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "ca")]))
@@ -77,9 +80,14 @@ def write_certificates(folder):
             .serial_number(x509.random_serial_number())
             .not_valid_before(now - datetime.timedelta(days=1))
             .not_valid_after(now + datetime.timedelta(days=1))
-            .add_extension(extension, critical=name == "ca")
-            .sign(ca, hashes.SHA256())
         )
+        for extension in extensions:
+            builder = builder.add_extension(extension, critical=name == "ca")
+        # Python asks for these two from 3.13 on.
+        subject = x509.SubjectKeyIdentifier.from_public_key(owner.public_key())
+        issuer = x509.AuthorityKeyIdentifier.from_issuer_public_key(ca.public_key())
+        builder = builder.add_extension(subject, critical=False)
+        certificate = builder.add_extension(issuer, critical=False).sign(ca, hashes.SHA256())
         (folder / f"{name}.pem").write_bytes(certificate.public_bytes(Encoding.PEM))
     private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
     (folder / "key.pem").write_bytes(private)
