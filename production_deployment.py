@@ -714,13 +714,14 @@ def roll_back(experiment_id, name, to):
     """
     aliases = get_aliases(name)
     current = aliases.get("production")
-    target = previous_version(name, aliases) if to == "previous" else to
-    if current is None or target is None:
+    number = previous_version(name, aliases) if to == "previous" else to
+    if current is None or number is None:
         raise UserError(f"{name} has no previous version to roll back to")
+    version = mlflow.MlflowClient().get_model_version(name, number)
+    target = str(version.version)  # the number as MLflow writes it: 2 for 02
     if target == current:
         raise UserError(f"version {target} of {name} is already in production")
-    target_tags = mlflow.MlflowClient().get_model_version(name, target).tags
-    if to != "previous" and "was_in_production" not in target_tags:
+    if to != "previous" and "was_in_production" not in version.tags:
         raise UserError(f"version {target} of {name} was never in production")
 
     with mlflow.start_run(run_name="rollback"):

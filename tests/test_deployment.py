@@ -502,7 +502,7 @@ def test_roll_back_and_back_again(deployed, monkeypatch):
 
 def test_roll_back_to_any_version_that_was_in_production(history):
     """And to no other: version 4 was refused, version 5 is not there."""
-    for wrong, words in (("4", "never in production"), ("5", ""), ("3", ""), ("x", "")):
+    for wrong, words in (("4", "never in production"), ("5", ""), ("03", "already"), ("x", "")):
         assert_one_line(deploy("--rollback", wrong), words)
         assert aliases(history)["production"] == "3"
     assert_success(deploy("--rollback", "1"))
