@@ -620,6 +620,8 @@ def print_report(comparison_id, runs, metric, rope):
     print(f"Best         {data.params['best_model']}, by its mean {metric} over the folds")
     recommended = data.params["recommended_model"]
     reason = "practically as good as the best, and among the fastest"
+    if recommended == data.params["best_model"]:
+        reason = "the best, and among the fastest"
     if recommended == "none":
         reason = "the best is not shown to beat the baseline"
     print(f"Recommended  {recommended}: {reason}")

@@ -980,6 +980,15 @@ def test_rest_answers_like_the_model(guide, served):
     assert json.loads(line[line.index("{") :])["predictions"] == expected_answers(guide[0])
 
 
+def test_the_readme_serves_by_the_same_commands(guide):
+    """Those that `served` runs. The address of the store is that of the folder there."""
+    text = (ROOT / "README.md").read_text()
+    shown = text[text.index("**Serve it.**") : text.index("**The guide.**")]
+    commands = re.findall(r"^((?:mlflow|curl) .*)$", shown, re.M)
+    assert commands == section(guide[1], "REST API")
+    assert "export MLFLOW_TRACKING_URI=sqlite:///mlflow.db" in shown
+
+
 def test_batch_answers_like_the_model(guide, served):
     folder, text = guide
     export = re.search(r"^    (export .*)$", text, re.M).group(1)
