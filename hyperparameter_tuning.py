@@ -202,8 +202,8 @@ def unfinished_trials(search_id, trials, settings, quiet_minutes=5):
 
     These are the trials that were never logged, and those that failed. A trial that is still
     RUNNING was cut short: its run is deleted, and it runs again. Raises UserError if the
-    search is finished or has other settings, or if it may still run somewhere else: it is
-    RUNNING, and has started or logged a trial in the last `quiet_minutes`.
+    search is finished or has other settings. Also if it is RUNNING and was started, resumed or
+    logged to in the last `quiet_minutes`: it may still run elsewhere.
     """
     search = mlflow.get_run(search_id)
     if search.info.status == "FINISHED":
@@ -217,8 +217,9 @@ def unfinished_trials(search_id, trials, settings, quiet_minutes=5):
         f"tags.mlflow.parentRunId = '{search_id}'",
         output_format="list",
     )
-    last_start = max(run.info.start_time for run in [search, *children]) / 1000
-    if search.info.status == "RUNNING" and time.time() - last_start < 60 * quiet_minutes:
+    last_sign = max(run.info.start_time for run in [search, *children]) / 1000
+    last_sign = max(last_sign, float(search.data.tags.get("resumed_at", 0)))
+    if search.info.status == "RUNNING" and time.time() - last_sign < 60 * quiet_minutes:
         raise UserError(
             f"{search_id} may still run elsewhere; if not, try again in {quiet_minutes} minutes"
         )
@@ -229,6 +230,7 @@ def unfinished_trials(search_id, trials, settings, quiet_minutes=5):
             mlflow.delete_run(child.info.run_id)
         if child.info.status == "FINISHED":
             finished.add(child.info.run_name)
+    mlflow.MlflowClient().set_tag(search_id, "resumed_at", time.time())
     return {name: params for name, params in trials.items() if name not in finished}
 
 
@@ -257,7 +259,7 @@ class TrialResult(NamedTuple):
 def start_trials(trials, train, metric, score, n_folds, seed):
     """Start the trials on all cores; yield an iterator over their results, as they finish.
 
-    At the end of the `with` block, what still runs is stopped.
+    At the end of the `with` block, anything still running is stopped.
     """
     options = {"metric": metric, "score": score, "n_folds": n_folds, "seed": seed}
     # The last trials of this grid take longest. They start first, so that no core idles later.
@@ -288,7 +290,7 @@ def run_trial(params, X, y, metric, score, n_folds, seed):
     folds = StratifiedKFold(n_folds, shuffle=True, random_state=seed)
     model = make_forest(params, X, seed)
 
-    # make_scorer would pass the default pos_label of f1_score, 1, which is no class here.
+    # make_scorer would insist on a class 1, the default pos_label of f1_score.
     def scorer(fitted, X_fold, y_fold):
         return score(y_fold, fitted.predict(X_fold))
 
@@ -507,7 +509,7 @@ def format_trials(ranked, grid, metric):
 def run_in_parallel(tasks, return_as):
     """Run joblib's tasks on all cores, and yield a generator of their results.
 
-    At the end of the `with` block, what still runs is stopped.
+    At the end of the `with` block, anything still running is stopped.
     """
     before = multiprocessing.active_children()
     # The workers inherit this: they leave Ctrl-C to this process, which stops them. While they
@@ -628,7 +630,7 @@ def add_preprocessing(model, X):
     """Return a pipeline of the model that takes raw rows with the columns of X.
 
     A missing number becomes the mean of its column; then all numbers are scaled. A missing
-    text is a value of its own. Text is one-hot encoded, in 20 columns at most: where there
+    text is a value of its own. A text column becomes up to 20 one-hot columns: where there
     are more values, the rarest share one. Values not seen in training become all zeros.
     """
     numbers = make_pipeline(SimpleImputer(keep_empty_features=True), StandardScaler())
@@ -695,7 +697,7 @@ def open_store(experiment):
     quieten_mlflow()
 
     uri = mlflow.get_tracking_uri()
-    # Later calls retry for about a minute, as a server may restart. Those below do not.
+    # After the `with` block, calls retry for about a minute, as a server may restart.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "5")
     try:
         with impatient_requests(), one_process_at_a_time(uri):

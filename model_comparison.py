@@ -161,6 +161,7 @@ def main(argv=None):
         # The workers are quiet by now, so these are the times of the models alone.
         log_serving_costs(models, train, SEED)
 
+        # Read again, with the probabilities and costs that have been logged since.
         runs = load_runs(experiment_id, comparison_id, metric)
         recommended = recommend(runs, RISK, NOISE)
         log_choice(runs, recommended, fold_scores, metric, train)
@@ -226,7 +227,7 @@ def load_tuned_forest(search_id, train, seed):
 
 
 def make_folds(train, n_folds, max_repeats, seed):
-    """Return the rows of each fold, as pairs of positions: to train on, and to score on.
+    """Return for each fold two arrays of positions: rows to train on, rows to score on.
 
     There are at most `max_repeats` repeats, and at least two: many rows need fewer.
     """
@@ -270,7 +271,7 @@ def start_scoring(candidates, folds, train, metrics):
     """Score the candidates on all cores; yield an iterator over their Results, in the same order.
 
     All folds of all candidates stand in one queue, so that no core idles between two
-    candidates. At the end of the `with` block, what still runs is stopped.
+    candidates. At the end of the `with` block, anything still running is stopped.
     """
     tasks = []
     for candidate in candidates.values():
@@ -347,7 +348,7 @@ def score_logged_model(model_id, test, metrics):
 
 
 def summarize_folds(scores):
-    """Return the means over the folds as cv_METRIC, cv_METRIC_std beside it, and fit_seconds."""
+    """Return mean (cv_METRIC) and deviation (cv_METRIC_std) of the folds, and fit_seconds."""
     summary = {"fit_seconds": scores["fit_seconds"].mean()}
     for metric in scores.columns.drop("fit_seconds"):
         # Rounded, so that ties are ties: sums in another order differ in their last bits.
@@ -377,7 +378,7 @@ def find_best_models(experiment_id, comparison_id, metric, train):
 
 
 def log_probabilities(models, fold_scores, rope, risk, n_folds):
-    """Log how each model compares with the best and with the baseline. `models`: the best first.
+    """Log how each model compares with the best, models[0], and with the baseline.
 
     `fold_scores` has a row for each fold, and a column for each model and the baseline.
     """
@@ -657,7 +658,7 @@ Load the model with the best {metric} in any process with the same tracking URI:
 def run_in_parallel(tasks, return_as):
     """Run joblib's tasks on all cores, and yield a generator of their results.
 
-    At the end of the `with` block, what still runs is stopped.
+    At the end of the `with` block, anything still running is stopped.
     """
     before = multiprocessing.active_children()
     # The workers inherit this: they leave Ctrl-C to this process, which stops them. While they
@@ -778,7 +779,7 @@ def add_preprocessing(model, X):
     """Return a pipeline of the model that takes raw rows with the columns of X.
 
     A missing number becomes the mean of its column; then all numbers are scaled. A missing
-    text is a value of its own. Text is one-hot encoded, in 20 columns at most: where there
+    text is a value of its own. A text column becomes up to 20 one-hot columns: where there
     are more values, the rarest share one. Values not seen in training become all zeros.
     """
     numbers = make_pipeline(SimpleImputer(keep_empty_features=True), StandardScaler())
@@ -845,7 +846,7 @@ def open_store(experiment):
     quieten_mlflow()
 
     uri = mlflow.get_tracking_uri()
-    # Later calls retry for about a minute, as a server may restart. Those below do not.
+    # After the `with` block, calls retry for about a minute, as a server may restart.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "5")
     try:
         with impatient_requests(), one_process_at_a_time(uri):

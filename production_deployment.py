@@ -1,7 +1,7 @@
 """Take a model to production with MLflow: register, stage, validate, promote, predict, roll back.
 
-A scaled logistic regression is trained on scikit-learn's breast cancer data and registered (with
---model-uri: a model that one of these scripts has logged). The new version gets the alias
+A scaled logistic regression is trained on scikit-learn's breast cancer data and registered (or,
+with --model-uri, a model that one of these scripts has logged). The new version gets the alias
 `staging`. It is loaded back and must pass a gate on the hold-out, where it is also compared with
 the version in production. Only then does the alias `production` move to it.
 
@@ -20,7 +20,7 @@ It leaves this in the store (sqlite:///mlflow.db, or MLFLOW_TRACKING_URI where t
     └── version 1, 2, …     with its verdict; aliases staging, production and previous
 
 Exit code 0: promoted, rolled back, or history printed. 1: refused. 2: bad input, or a store that
-fails. 130: Ctrl-C. After 2 or 130, --history tells whether the version was promoted.
+fails. 130: Ctrl-C. After 2 or 130, the alias `production` tells whether it moved.
 """
 
 # /// script
@@ -99,7 +99,7 @@ GATE = {
     "below_best_ever": MetricThreshold(threshold=TOLERANCE, greater_is_better=False),
     # The median time of predict() for one row, in this process: without HTTP.
     "latency_ms": MetricThreshold(threshold=50, greater_is_better=False),
-    # Whether it answers the example of a request that was saved with it: 1 or 0.
+    # Whether it answers the example request saved with it: 1 or 0.
     "answers_its_example": MetricThreshold(threshold=1, greater_is_better=True),
     # Whether it refuses rows that lack a column: 1 or 0.
     "refuses_a_missing_column": MetricThreshold(threshold=1, greater_is_better=True),
@@ -155,7 +155,7 @@ def deploy(args, name):
     experiment_id = open_store(EXPERIMENT)
     champion = load_champion(name, train, TRUSTED)
     if args.model_uri is not None:
-        # Before the run starts, so that a model that is refused here leaves no run.
+        # Before the run starts, so that a model that fails here leaves no run.
         model_id = check_logged_model(args.model_uri, train, TRUSTED)
 
     with mlflow.start_run(run_name="deployment"):
@@ -359,7 +359,7 @@ def evaluate(model, train, test, score):
 
 
 def compare(candidate, champion, test, score, tolerance, seed):
-    """Return the metrics that compare a candidate with the champion; none without one."""
+    """Return the metrics that compare a candidate with the champion; {} if there is none."""
     if champion is None:
         return {}
     predicted = candidate.predict(test.X)
@@ -399,7 +399,7 @@ def probability_of_loss(y, predicted, champion_predicted, score, tolerance, seed
     are scored on the same rows, which are drawn anew, with replacement, `draws` times.
     """
     codes = np.concatenate([y, predicted, champion_predicted])
-    if codes.dtype.kind not in "iuf":  # text: only a regression predicts numbers
+    if codes.dtype.kind not in "iuf":  # classes, not the numbers of a regression
         # Numbers are scored faster than text. Their order is that of the classes.
         codes, _ = pd.factorize(codes, sort=True)
     y, predicted, champion_predicted = np.split(codes, 3)
@@ -415,14 +415,14 @@ def probability_of_loss(y, predicted, champion_predicted, score, tolerance, seed
 
 
 def median_latency_ms(model, X):
-    """Return the median time of a request of one row, in milliseconds."""
+    """Return the median time of predict() for one row, in milliseconds."""
     row = X.head(1)
     seconds = timeit.repeat(lambda: model.predict(row), number=1, repeat=50)
     return 1000 * float(np.median(seconds))
 
 
 def answers_its_example(model):
-    """Return True if a loaded model answers the example of a request that was saved with it."""
+    """Return True if a loaded model answers the example request saved with it."""
     if model.input_example is None:
         return False
     try:
@@ -605,8 +605,8 @@ def promote(name, version, replaces, outcome="promoted"):
     client = mlflow.MlflowClient()
     mlflow.set_tag("outcome", "unfinished")  # what --history shows if this process is killed here
     if replaces is not None:
-        # If it is killed between the two moves, both aliases point at the old version. A
-        # rollback then goes to the one that this had replaced: see previous_version.
+        # A kill between the two set_alias leaves both aliases at `replaces`. A rollback then
+        # goes to the version that `replaces` had replaced: see previous_version.
         client.set_model_version_tag(name, version, "replaces", replaces)
         client.set_model_version_tag(name, replaces, "was_in_production", "yes")
         set_alias(name, "previous", replaces)
@@ -619,7 +619,7 @@ def promote(name, version, replaces, outcome="promoted"):
 def set_legacy_stage(name, version):
     """Set the stage Production, for those who still load models:/NAME/Production.
 
-    MLflow has deprecated stages since 2.9, in favour of aliases. Leave this out if unused.
+    MLflow deprecated stages in 2.9, in favour of aliases. Leave this out if unused.
     """
     client = mlflow.MlflowClient()
     try:
@@ -642,7 +642,7 @@ GUIDE = """# Deploy {name} version {number} from this store
     mlflow models serve --model-uri models:/{name}@production --env-manager local --host 127.0.0.1 --port 5001
 
 When `curl http://127.0.0.1:5001/ping` answers, export the variable in a second shell too, and send
-the example of a request:
+the example request:
 
     mlflow artifacts download --artifact-uri models:/{name}@production/serving_input_example.json --dst-path request
     curl --fail http://127.0.0.1:5001/invocations --header 'Content-Type: application/json' --data @request/serving_input_example.json
@@ -825,7 +825,7 @@ def fetch_model(model_uri, folder):
     return path
 
 
-# What a model of these scripts consists of. Everything else is refused.
+# What a model of these scripts consists of. Anything else makes a model unusable.
 MODEL_FILES = {
     "MLmodel",
     "conda.yaml",
@@ -993,7 +993,7 @@ def add_preprocessing(model, X):
     """Return a pipeline of the model that takes raw rows with the columns of X.
 
     A missing number becomes the mean of its column; then all numbers are scaled. A missing
-    text is a value of its own. Text is one-hot encoded, in 20 columns at most: where there
+    text is a value of its own. A text column becomes up to 20 one-hot columns: where there
     are more values, the rarest share one. Values not seen in training become all zeros.
     """
     numbers = make_pipeline(SimpleImputer(keep_empty_features=True), StandardScaler())
@@ -1060,7 +1060,7 @@ def open_store(experiment):
     quieten_mlflow()
 
     uri = mlflow.get_tracking_uri()
-    # Later calls retry for about a minute, as a server may restart. Those below do not.
+    # After the `with` block, calls retry for about a minute, as a server may restart.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "5")
     try:
         with impatient_requests(), one_process_at_a_time(uri):

@@ -702,6 +702,17 @@ def test_a_search_that_still_runs_elsewhere_is_not_resumed(folder):
     assert "trial-0001" in children(mlflow.get_run(search_id)), "it is left alone"
 
 
+def test_of_two_who_resume_a_search_the_second_is_refused(folder):
+    """The first has just begun: nothing has been logged for an hour."""
+    client = mlflow.MlflowClient()
+    experiment = mlflow.set_experiment(EXPERIMENT).experiment_id
+    search_id = client.create_run(experiment, run_name="grid-search").info.run_id
+    an_hour_passes(folder)
+    assert tuning.unfinished_trials(search_id, {"trial-0001": {}}, {}) == {"trial-0001": {}}
+    with pytest.raises(tuning.UserError, match="may still run elsewhere"):
+        tuning.unfinished_trials(search_id, {"trial-0001": {}}, {})
+
+
 def test_what_cannot_be_resumed_ends_in_one_line_and_stays_as_it_is(searched, capsys, monkeypatch):
     """An unknown ID; a search of another grid or metric, or a finished one; other runs."""
     monkeypatch.chdir(searched.folder)
