@@ -217,13 +217,13 @@ def parse_args(argv):
 
 
 def check_skops():
-    """Raise UserError if the installed skops has known security holes.
+    """Raise UserError if skops is older than the oldest that is tested here.
 
     Releases before 0.12 can run code from a file that they load (CVE-2025-54412, -54413).
     """
     major, minor = metadata.version("skops").split(".")[:2]
-    if (int(major), int(minor)) < (0, 12):
-        raise UserError("this skops has security holes; run: pip install --upgrade skops")
+    if (int(major), int(minor)) < (0, 14):
+        raise UserError("skops is older than 0.14; run: pip install --upgrade skops")
 
 
 class Champion(NamedTuple):

@@ -458,9 +458,9 @@ def test_a_version_in_production_whose_files_are_gone_ends_in_one_line(deployed)
 
 def test_an_old_skops_ends_in_one_line_before_anything_is_made(tmp_path):
     """Python finds this version first, as it would if another package had asked for it."""
-    metadata = tmp_path / "packages" / "skops-0.11.0.dist-info" / "METADATA"
+    metadata = tmp_path / "packages" / "skops-0.13.0.dist-info" / "METADATA"
     metadata.parent.mkdir(parents=True)
-    metadata.write_text("Metadata-Version: 2.1\nName: skops\nVersion: 0.11.0\n")
+    metadata.write_text("Metadata-Version: 2.1\nName: skops\nVersion: 0.13.0\n")
     folder = tmp_path / "folder"
     folder.mkdir()
     process = run(SCRIPT, cwd=folder, PYTHONPATH=str(tmp_path / "packages"))
