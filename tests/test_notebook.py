@@ -33,7 +33,8 @@ def state():
         "levels": [logging.getLogger(name).level for name in ("", "project", "sklearn", "py4j")],
         "muted": (logging.root.manager.disable, project.disabled),
         "root": list(logging.root.handlers),
-        "warnings": list(warnings.filters),
+        # MLflow 3.11 brings an OpenTelemetry that adds a filter of its own.
+        "warnings": [one for one in warnings.filters if "opentelemetry" not in str(one)],
         "folder": os.getcwd(),
         "streams": (sys.stdout, sys.stdout.errors, sys.stderr, sys.stderr.errors),
     }}
