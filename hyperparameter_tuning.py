@@ -27,6 +27,7 @@ It leaves this in the store (sqlite:///mlflow.db, or MLFLOW_TRACKING_URI where t
 # ///
 # joblib, matplotlib, scipy, skops, SQLAlchemy and threadpoolctl come with these.
 
+import hashlib
 import logging
 import multiprocessing
 import os
@@ -87,7 +88,7 @@ PARAM_GRID = {
 }
 
 # The choices of --metric: functions of the true and the predicted classes. Higher must be
-# better: to use an error, negate it, like scikit-learn's neg_ scorers. F1, precision and
+# better: for a loss, return its negative, like scikit-learn's neg_ scorers. F1, precision and
 # recall are macro averages, in which every class counts the same.
 METRICS = {
     "accuracy": accuracy_score,
@@ -107,13 +108,13 @@ TRUSTED = [
 
 
 class UserError(Exception):
-    """A problem that the user can fix. It ends the program in one line, without a traceback."""
+    """A reason to stop that the user can act on: one line on stderr, without a traceback."""
 
     exit_code = 2
 
 
 class Refused(UserError):
-    """There is no result that should be used. Its exit code differs from that of bad input."""
+    """The work is done, but there is no result that should be used."""
 
     exit_code = 1
 
@@ -176,7 +177,7 @@ def make_trials(grid):
     unknown = set(grid) - set(RandomForestClassifier().get_params())
     if unknown:
         raise UserError(f"PARAM_GRID: a random forest has no {', '.join(sorted(unknown))}")
-    # NumPy's numbers become Python's, whose text model_comparison.py can read back.
+    # NumPy's numbers become Python's: "0.1" can be read back from MLflow, "np.float64(0.1)" not.
     lists = {name: [to_python(value) for value in values] for name, values in grid.items()}
     combinations = ParameterGrid(lists)
     return {f"trial-{number:04}": params for number, params in enumerate(combinations, start=1)}
@@ -201,9 +202,11 @@ def unfinished_trials(search_id, trials, settings, quiet_minutes=5):
     """Return the trials that an interrupted search still has to run.
 
     These are the trials that were never logged, and those that failed. A trial that is still
-    RUNNING was cut short: its run is deleted, and it runs again. Raises UserError if the
-    search is finished or has other settings. Also if it is RUNNING and was started, resumed or
-    logged to in the last `quiet_minutes`: it may still run elsewhere.
+    RUNNING was cut short: its run is deleted, and it runs again.
+
+    Raises UserError if the search is finished or has other settings. It also does so if the
+    search is RUNNING, and was started, resumed or logged to in the last `quiet_minutes`: it
+    may still run elsewhere. If a trial takes longer than that, use more minutes.
     """
     search = mlflow.get_run(search_id)
     if search.info.status == "FINISHED":
@@ -262,7 +265,8 @@ def start_trials(trials, train, metric, score, n_folds, seed):
     At the end of the `with` block, anything still running is stopped.
     """
     options = {"metric": metric, "score": score, "n_folds": n_folds, "seed": seed}
-    # The last trials of this grid take longest. They start first, so that no core idles later.
+    # The last trials of this grid take longest. They start first: at the end, one core would be
+    # busy with them while the others idle.
     tasks = [
         delayed(try_trial)(name, trials[name], train.X, train.y, **options)
         for name in reversed(trials)
@@ -290,7 +294,7 @@ def run_trial(params, X, y, metric, score, n_folds, seed):
     folds = StratifiedKFold(n_folds, shuffle=True, random_state=seed)
     model = make_forest(params, X, seed)
 
-    # make_scorer would insist on a class 1, the default pos_label of f1_score.
+    # make_scorer fails here: it looks for a class 1, the default pos_label of f1_score.
     def scorer(fitted, X_fold, y_fold):
         return score(y_fold, fitted.predict(X_fold))
 
@@ -298,7 +302,7 @@ def run_trial(params, X, y, metric, score, n_folds, seed):
     with parallel_config("sequential"):
         results = cross_validate(model, X, y, cv=folds, scoring=scorer, error_score="raise")
     return {
-        # Rounded, so that ties are ties: sums in another order differ in their last bits.
+        # Rounded, so that equal scores are equal: sums in another order differ in their last bits.
         f"cv_{metric}": results["test_score"].mean().round(12),
         f"cv_{metric}_std": results["test_score"].std(),
         "fit_seconds": results["fit_time"].mean(),
@@ -326,7 +330,7 @@ def show_progress(results, metric, total):
 
 
 def format_params(params):
-    """Return parameters as they would stand in a call."""
+    """Return parameters as they would appear in a call."""
     return ", ".join(f"{name}={value!r}" for name, value in params.items())
 
 
@@ -394,12 +398,13 @@ def values_at_the_edge(params, grid):
     """
     edges = {}
     for name, values in grid.items():
-        numeric = all(type(to_python(value)) in (int, float) for value in values)
-        if numeric and len(values) > 1:
-            if params[name] == max(values):
-                edges[name] = f"{params[name]} is the largest value tried; try larger ones"
-            if params[name] == min(values):
-                edges[name] = f"{params[name]} is the smallest value tried; try smaller ones"
+        # True and False are not numbers here.
+        numbers = [value for value in values if type(to_python(value)) in (int, float)]
+        # None may stand for "no limit", which is beyond the largest number.
+        if len(numbers) > 1 and params[name] == max(numbers) and None not in values:
+            edges[name] = f"{params[name]} is the largest value tried; try larger ones"
+        if len(numbers) > 1 and params[name] == min(numbers):
+            edges[name] = f"{params[name]} is the smallest value tried; try smaller ones"
     return edges
 
 
@@ -429,13 +434,13 @@ def draw_search(table, means, metric):
     for name, scores in means.items():
         means_axes.plot(scores, [name] * len(scores), marker="o")
         for position, (value, score) in enumerate(scores.items()):
-            # Above and below by turns, so that the labels of close points do not overlap.
+            # Alternately above and below, so that the labels of close points do not overlap.
             offset = (0, 8 if position % 2 else -16)
             means_axes.annotate(
                 value, xy=(score, name), xytext=offset, textcoords="offset points", ha="center"
             )
     means_axes.set(xlabel=f"Mean {metric} of the trials with this value")
-    means_axes.set_title("The longer the line, the more the parameter matters")
+    means_axes.set_title("The longer the line, the more the parameter matters in this grid")
     means_axes.margins(y=0.3)
     return figure
 
@@ -449,7 +454,7 @@ def log_best(best, params, metric, train):
 
 
 def print_report(search_id, ranked, metric, grid, n_folds):
-    """Print what a search found, as MLflow has it. `ranked` has the best trial first."""
+    """Print what a search found, read back from MLflow. `ranked` has the best trial first."""
     data = mlflow.get_run(search_id).data
     print(f"\nThe five best of {len(ranked)} trials, by their mean {metric} over {n_folds} folds:")
     print(format_trials(ranked.head(), grid, metric).to_string(index=False))
@@ -484,7 +489,8 @@ def cheapest_within_one_standard_error(ranked, metric, n_folds):
     """Return the trial that is fastest to fit of those within one standard error of the best.
 
     `ranked` has the best trial first. The rule is that of Breiman et al., Classification and
-    Regression Trees (1984), section 3.4.3, except that theirs takes the simplest trial.
+    Regression Trees (1984), section 3.4.3, except that theirs takes the simplest model. It
+    treats the folds as independent.
     """
     scores = ranked[f"metrics.cv_{metric}"]
     # The logged deviation has ddof=0: over sqrt(n - 1), it equals std(ddof=1) / sqrt(n).
@@ -523,7 +529,7 @@ def run_in_parallel(tasks, return_as):
     for worker in set(multiprocessing.active_children()) - set(before):
         worker.kill = worker.terminate
     with warnings.catch_warnings():
-        # joblib warns when tasks are given up, as after Ctrl-C.
+        # joblib warns when tasks are abandoned, as after Ctrl-C.
         warnings.filterwarnings("ignore", module="joblib")
         try:
             yield results
@@ -549,6 +555,8 @@ def load_data(csv=None, target="diagnosis", test_size=0.2, seed=42):
     The table is a CSV file with a header, or scikit-learn's breast cancer data. Rows without
     a class are left out. Numbers and true/false become floats, which can hold gaps; text
     stays. Returns two Rows. Raises UserError if the table or its target cannot be used.
+
+    The split is random, which is right only for rows that do not depend on each other.
     """
     name = table_name(csv)
     table = read_table(csv)
@@ -557,11 +565,13 @@ def load_data(csv=None, target="diagnosis", test_size=0.2, seed=42):
         raise UserError(f"{name} needs {target!r} and more columns, but has {columns}")
 
     # Classes are text, and so are predictions. convert_dtypes() keeps class 1 from becoming
-    # "1.0" in a column with gaps.
-    labels = table[target].dropna().convert_dtypes().astype(str)
+    # "1.0" in a column with gaps. scikit-learn is faster with objects than with pandas' text.
+    labels = table[target].dropna().convert_dtypes().astype(str).astype(object)
     features = table.drop(columns=target).loc[labels.index]
     features = features.apply(lambda column: column.astype("float64", errors="ignore"))
     print(f"{name}: {len(labels)} of {len(table)} rows have a {target!r}", flush=True)
+    if len(labels) < len(table):
+        point_out_missing_classes(csv, table[target])
     check_labels(labels)
     check_features(features)
 
@@ -574,9 +584,12 @@ def load_data(csv=None, target="diagnosis", test_size=0.2, seed=42):
 
 def table_name(csv):
     """Return a short name for a CSV file, or for the breast cancer data if it is None."""
-    if csv is None:
-        return "breast-cancer"
-    words = re.findall("[a-z0-9]+", Path(csv).stem.lower())
+    return "breast-cancer" if csv is None else to_name(Path(csv).stem)
+
+
+def to_name(text):
+    """Return a text as a name for MLflow: its words in lower case, joined by hyphens."""
+    words = re.findall("[a-z0-9]+", text.lower())
     return "-".join(words) or "table"
 
 
@@ -589,6 +602,15 @@ def read_table(csv):
         return pd.read_csv(csv, low_memory=False)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {csv}: {error}") from error
+
+
+def point_out_missing_classes(csv, labels):
+    """Print the words that pandas takes for a missing class. "None" may be meant as a class."""
+    if csv is None or not Path(csv).is_file():
+        return
+    text = pd.read_csv(csv, dtype=str, keep_default_na=False)[labels.name]
+    for word in sorted(set(text[labels.isna()]) - {""}):
+        print(f"Note: {word!r} counts as a missing {labels.name!r}; if it is a class, rename it")
 
 
 def check_labels(labels, min_rows=7):
@@ -605,25 +627,30 @@ def check_labels(labels, min_rows=7):
 
 
 def check_features(features):
-    """Raise UserError if a number is infinite. Point out text that differs in nearly all rows."""
+    """Raise UserError if a number is infinite. Point out columns that may only identify a row."""
     numbers = features.select_dtypes("number")
     infinite = numbers.columns[np.isinf(numbers).any()]
     if len(infinite):
-        raise UserError(f"column {infinite[0]!r} has infinite numbers: replace them by empty cells")
-    for column in features.select_dtypes(exclude="number"):
-        filled = features[column].count()
-        different = features[column].nunique()
-        if filled > 20 and different > 0.9 * filled:
-            print(
-                f"Note: {column!r} has {different} different values; a model learns little from it"
-            )
+        raise UserError(f"column {infinite[0]!r} has infinite numbers: leave those cells empty")
+    for column in features:
+        values = features[column].dropna()
+        if column in numbers:
+            identifies = values.is_unique and (values % 1 == 0).all()
+        else:
+            identifies = values.nunique() > 0.9 * len(values)
+        if len(values) > 20 and identifies:
+            print(f"Note: {column!r} differs in nearly every row; if it identifies rows, drop it")
 
 
 def make_rows(X, y, name):
     """Return Rows with an MLflow data set of this name."""
     quieten_mlflow()
     table = pd.concat([X, y], axis="columns")
-    return Rows(X, y, mlflow.data.from_pandas(table, targets=y.name, name=name))
+    # MLflow's own digest leaves out the rows after the first 10,000, and text columns with gaps.
+    row_hashes = pd.util.hash_pandas_object(table).to_numpy()
+    content = str(list(table)).encode() + row_hashes.tobytes()
+    digest = hashlib.sha256(content).hexdigest()[:8]
+    return Rows(X, y, mlflow.data.from_pandas(table, targets=y.name, name=name, digest=digest))
 
 
 def add_preprocessing(model, X):
@@ -666,7 +693,8 @@ def log_rows(**rows):
 def log_model(model, X, trusted_types):
     """Log a fitted model to the active run, ready to be served, and return its model ID.
 
-    X are rows that it was trained on: the first five become its input example.
+    X are the rows that it was trained on. The first five become its input example. If the
+    pipeline uses other packages, add them to `packages`.
     """
     packages = ["mlflow", "scikit-learn", "skops", "pandas", "numpy", "scipy"]
     logged = mlflow.sklearn.log_model(
@@ -676,7 +704,7 @@ def log_model(model, X, trusted_types):
         # and those that are named here.
         serialization_format="skops",
         skops_trusted_types=trusted_types,
-        signature=mlflow.models.infer_signature(X, model.predict(X)),
+        signature=mlflow.models.infer_signature(X, model.predict(X.head())),
         input_example=X.head(),
         pip_requirements=[f"{package}=={metadata.version(package)}" for package in packages],
     )
@@ -697,13 +725,14 @@ def open_store(experiment):
     quieten_mlflow()
 
     uri = mlflow.get_tracking_uri()
-    # After the `with` block, calls retry for about a minute, as a server may restart.
+    # Calls are repeated for about a minute, as a server may restart; only the first are not.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "5")
     try:
         with impatient_requests(), one_process_at_a_time(uri):
             connect_once(uri)
             mlflow.set_experiment(experiment)
-            # If another process made it at the same moment, the first call does not select it.
+            # Twice: if another process makes it at the same moment, the first call returns it,
+            # but does not select it.
             return mlflow.set_experiment(experiment).experiment_id
     except Exception as error:
         message = f"cannot open the store {uri} (down, locked, full, or a wrong login?): {error}"
@@ -834,7 +863,8 @@ def interrupt_after_mlflow_call(signal_number, frame, deadline=None):
     """Let Ctrl-C stop the program, but only after a call of MLflow that is under way.
 
     Otherwise, a write that is cut short leaves a run RUNNING, or the database locked. After
-    half a minute, it stops all the same: a server may be away.
+    half a minute, it stops all the same: a server may be unreachable. Functions that you copy
+    from this script do not need it.
     """
     deadline = deadline or time.monotonic() + 30
     modules = [one.f_globals.get("__name__", "") for one, _ in traceback.walk_stack(frame)]

@@ -33,6 +33,7 @@ It leaves this in the store (sqlite:///mlflow.db, or MLFLOW_TRACKING_URI where t
 # joblib, matplotlib, scipy, skops, SQLAlchemy and threadpoolctl come with these.
 
 import ast
+import hashlib
 import logging
 import multiprocessing
 import os
@@ -50,7 +51,6 @@ from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from contextlib import closing, contextmanager
 from functools import partial
 from importlib import metadata
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote
@@ -59,7 +59,7 @@ import mlflow
 import numpy as np
 import pandas as pd
 import sqlalchemy
-from joblib import Parallel, delayed
+from joblib import Parallel, cpu_count, delayed
 from matplotlib.figure import Figure
 from scipy import stats
 from sklearn.base import clone
@@ -88,18 +88,20 @@ EXPERIMENT = "model-comparison"
 SEED = 42  # for the split, the folds, the models and the rows that are timed
 TEST_SIZE = 0.2  # share of the rows held out: not used to choose a model
 FOLDS = 5
-REPEATS = 30  # of the folds, shuffled anew each time; fewer for a large table, see make_folds
+# The folds are shuffled anew this many times, so that the scores hardly depend on how. A large
+# table needs fewer: see make_folds.
+REPEATS = 30
 
 # Region of practical equivalence: a difference of up to this does not matter.
 ROPE = 0.01
-# Highest accepted probability that the recommended model is worse than the best by more than
-# ROPE; and, separately, that it does not beat the baseline.
+# The accepted probability of an error, in each of two checks of the recommended model: that it
+# is worse than the best by more than ROPE, and that it does not beat the baseline.
 RISK = 0.2
 # Latencies up to this many times the lowest count as equal.
 NOISE = 1.1
 
 # The choices of --metric: functions of the true and the predicted classes. Higher must be
-# better: to use an error, negate it, like scikit-learn's neg_ scorers. F1, precision and
+# better: for a loss, return its negative, like scikit-learn's neg_ scorers. F1, precision and
 # recall are macro averages, in which every class counts the same.
 METRICS = {
     "accuracy": accuracy_score,
@@ -119,13 +121,13 @@ TRUSTED = [
 
 
 class UserError(Exception):
-    """A problem that the user can fix. It ends the program in one line, without a traceback."""
+    """A reason to stop that the user can act on: one line on stderr, without a traceback."""
 
     exit_code = 2
 
 
 class Refused(UserError):
-    """There is no result that should be used. Its exit code differs from that of bad input."""
+    """The work is done, but there is no result that should be used."""
 
     exit_code = 1
 
@@ -140,15 +142,16 @@ def main(argv=None):
         candidates["tuned_forest"] = load_tuned_forest(args.tuned, train, SEED)
 
     folds = make_folds(train, FOLDS, REPEATS, SEED)
-    print(f"{len(candidates)} candidates on {len(folds)} folds each", flush=True)
+    repeats = f"{len(folds) // FOLDS} repeats of {FOLDS} folds"
+    print(f"{len(candidates)} candidates on {len(folds)} folds each ({repeats})", flush=True)
     with mlflow.start_run(run_name="comparison") as comparison:
         comparison_id = comparison.info.run_id
         log_rows(training=train, testing=test)
         deciding = {metric: METRICS[metric]}
         baseline = score_folds(DummyClassifier(), train.X, train.y, folds, deciding)
         fold_scores = pd.DataFrame({"baseline": baseline[metric]})
-        with start_scoring(candidates, folds, train, METRICS) as results:
-            for result in show_progress(results, len(candidates)):
+        with start_scoring(candidates, folds, train, METRICS) as (results, seconds):
+            for result in show_progress(results, seconds, metric):
                 params = candidates[result.name].get_params()
                 if log_candidate(result, params, train, test, METRICS, TRUSTED):
                     fold_scores[result.name] = result.scores[metric]
@@ -161,7 +164,7 @@ def main(argv=None):
         # The workers are quiet by now, so these are the times of the models alone.
         log_serving_costs(models, train, SEED)
 
-        # Read again, with the probabilities and costs that have been logged since.
+        # Ask again, now for runs, with the probabilities and costs that have been logged since.
         runs = load_runs(experiment_id, comparison_id, metric)
         recommended = recommend(runs, RISK, NOISE)
         log_choice(runs, recommended, fold_scores, metric, train)
@@ -194,10 +197,10 @@ def make_candidates(n_rows, seed):
     Of equal scores the first one wins, so the simplest stands first.
     """
     if n_rows <= 10_000:
-        svm = SVC(random_state=seed)
+        svm = SVC()
     else:
-        # The time that an SVC takes grows with the square of the rows.
-        print("svm: LinearSVC on a Nystroem approximation of the kernel, as there are many rows")
+        # The time that an SVC takes grows at least with the square of the rows.
+        print("svm: LinearSVC on a Nystroem approximation of an RBF kernel, as there are many rows")
         svm = make_pipeline(Nystroem(random_state=seed), LinearSVC(random_state=seed))
     return {
         "logistic_regression": LogisticRegression(max_iter=1000),
@@ -210,9 +213,7 @@ def make_candidates(n_rows, seed):
 def load_tuned_forest(search_id, train, seed):
     """Return an unfitted forest with the best parameters of a search by hyperparameter_tuning.py.
 
-    They were chosen on these rows, so its scores on the folds are a little too good; its
-    score on the hold-out is not. Raises UserError unless the search is finished, and was made
-    on these rows.
+    Raises UserError unless the search is finished, and was made on these rows.
     """
     search = mlflow.get_run(search_id)
     same_rows = search.data.params.get("training_digest") == train.dataset.digest
@@ -223,6 +224,8 @@ def load_tuned_forest(search_id, train, seed):
         for key, value in search.data.params.items()
         if key.startswith("best_")
     }
+    print("Note: tuned_forest was chosen on these rows, so its scores on the folds are a little")
+    print("      too good; its score on the hold-out is not", flush=True)
     return RandomForestClassifier(**params, random_state=seed)
 
 
@@ -231,7 +234,7 @@ def make_folds(train, n_folds, max_repeats, seed):
 
     There are at most `max_repeats` repeats, and at least two: many rows need fewer.
     """
-    # In all, 15,000 rows to score are enough.
+    # Each repeat scores every row once. 15,000 scored rows make the means steady enough.
     repeats = max(2, min(max_repeats, 15_000 // len(train.X)))
     splitter = RepeatedStratifiedKFold(n_splits=n_folds, n_repeats=repeats, random_state=seed)
     return list(splitter.split(train.X, train.y))
@@ -268,47 +271,81 @@ class Result(NamedTuple):
 
 @contextmanager
 def start_scoring(candidates, folds, train, metrics):
-    """Score the candidates on all cores; yield an iterator over their Results, in the same order.
+    """Score the candidates on all cores. Yield an iterator over their Results, in the same order.
 
-    All folds of all candidates stand in one queue, so that no core idles between two
-    candidates. At the end of the `with` block, anything still running is stopped.
+    Also yields the seconds that each is likely to take. At the end of the `with` block,
+    anything still running is stopped.
     """
-    tasks = []
-    for candidate in candidates.values():
-        model = add_preprocessing(candidate, train.X)
-        for fold in folds:
-            tasks.append(delayed(attempt)(score_fold, model, train.X, train.y, fold, metrics))
+    models = {name: add_preprocessing(model, train.X) for name, model in candidates.items()}
+    first_fold, *other_folds = folds
+
+    # All tasks stand in one queue, so that no core idles between two candidates. One fold of
+    # each comes first, to estimate the time that the others take.
+    tasks = [score_task(model, train, first_fold, metrics) for model in models.values()]
+    for model in models.values():
+        # The fit on all rows takes longest. At the end of the queue, one core would be busy
+        # with it while the others idle.
         tasks.append(delayed(attempt)(model.fit, train.X, train.y))
-    with run_in_parallel(tasks, "generator") as outcomes:
-        # They come in the order of the tasks: for each candidate its folds, then its model.
-        yield (collect_result(name, outcomes, len(folds)) for name in candidates)
+        tasks += [score_task(model, train, fold, metrics) for fold in other_folds]
+
+    # The workers use all cores, so that more threads of this process would be in their way.
+    with threadpool_limits(1), run_in_parallel(tasks, "generator") as outcomes:
+        # They come in the order of the tasks.
+        first_scores = {name: next(outcomes) for name in models}
+        results = collect_results(first_scores, outcomes, len(other_folds))
+        yield results, estimate_seconds(first_scores, len(folds))
+
+
+def score_task(model, train, fold, metrics):
+    """Return the task of scoring a model on a fold, for joblib."""
+    return delayed(attempt)(score_fold, model, train.X, train.y, fold, metrics)
 
 
 def attempt(function, *args):
-    """Return what the function returns, or the exception that it raises, so that others go on."""
+    """Return what the function returns, or the exception that it raises: the others go on."""
     try:
         return function(*args)
     except Exception as error:
         return error
 
 
-def collect_result(name, outcomes, n_scores):
-    """Take the scores and the fitted model of the next candidate from the iterator of outcomes."""
-    own = list(islice(outcomes, n_scores + 1))
-    for outcome in own:
-        if isinstance(outcome, Exception):
-            return Result(name, model=None, scores=pd.DataFrame(), error=outcome)
-    *scores, model = own
-    return Result(name, model, pd.DataFrame(scores), error=None)
+def collect_results(first_scores, outcomes, n_others):
+    """Yield the Result of each candidate, as soon as all of its outcomes are there."""
+    for name, first in first_scores.items():
+        model = next(outcomes)
+        others = [next(outcomes) for _ in range(n_others)]
+        errors = [one for one in (model, first, *others) if isinstance(one, Exception)]
+        if errors:
+            yield Result(name, model=None, scores=pd.DataFrame(), error=errors[0])
+        else:
+            yield Result(name, model, pd.DataFrame([first, *others]), error=None)
 
 
-def show_progress(results, total):
-    """Pass each result on, then print its name and the time that is left."""
-    started = time.perf_counter()
+def estimate_seconds(first_scores, n_folds):
+    """Return how long each candidate takes on all cores, if all folds take as long as its first."""
+    seconds = {}
+    for name, scores in first_scores.items():
+        failed = isinstance(scores, Exception)
+        seconds[name] = 0 if failed else scores["fit_seconds"] * n_folds / cpu_count()
+    return seconds
+
+
+def show_progress(results, seconds, metric):
+    """Pass each result on, then print it and the time that is left.
+
+    `seconds` has the time that each candidate is likely to take, by its name.
+    """
+    seconds_left = sum(seconds.values())
+    print(f"  0/{len(seconds)} {seconds_left:4.0f} s left", flush=True)
     for done, result in enumerate(results, start=1):
         yield result  # the caller logs it
-        seconds_left = (time.perf_counter() - started) * (total - done) / done
-        print(f"{done:3}/{total} {seconds_left:4.0f} s left  {result.name} done", flush=True)
+        seconds_left = max(0, seconds_left - seconds[result.name])
+        outcome = "failed"
+        if result.error is None:
+            scores = result.scores[metric]
+            outcome = f"{metric} {scores.mean():.4f} ± {scores.std(ddof=0):.4f}"
+        line = f"{done:3}/{len(seconds)} {seconds_left:4.0f} s left  {result.name}  {outcome}"
+        print(line, flush=True)
 
 
 def log_candidate(result, params, train, test, metrics, trusted_types):
@@ -351,7 +388,7 @@ def summarize_folds(scores):
     """Return mean (cv_METRIC) and deviation (cv_METRIC_std) of the folds, and fit_seconds."""
     summary = {"fit_seconds": scores["fit_seconds"].mean()}
     for metric in scores.columns.drop("fit_seconds"):
-        # Rounded, so that ties are ties: sums in another order differ in their last bits.
+        # Rounded, so that equal scores are equal: sums in another order differ in their last bits.
         summary[f"cv_{metric}"] = round(scores[metric].mean(), 12)
         summary[f"cv_{metric}_std"] = scores[metric].std(ddof=0)
     return summary
@@ -380,14 +417,15 @@ def find_best_models(experiment_id, comparison_id, metric, train):
 def log_probabilities(models, fold_scores, rope, risk, n_folds):
     """Log how each model compares with the best, models[0], and with the baseline.
 
-    `fold_scores` has a row for each fold, and a column for each model and the baseline.
+    `fold_scores` has a row for each fold, and a column for each model and the baseline. The
+    best was chosen by these same scores, so its lead is a little too large.
     """
     best = models[0].tags["candidate"]
     for model in models:
         name = model.tags["candidate"]
         p = probabilities(fold_scores[name] - fold_scores[best], rope, n_folds)
-        above = probabilities(fold_scores[name] - fold_scores["baseline"], 0, n_folds)["p_better"]
-        p["p_above_baseline"] = above
+        above = fold_scores[name] - fold_scores["baseline"]
+        p["p_above_baseline"] = probabilities(above, rope=0, n_folds=n_folds)["p_better"]
         mlflow.log_metrics(p, run_id=model.source_run_id)
         verdict = say_verdict(p, name == best, risk)
         mlflow.MlflowClient().set_tag(model.source_run_id, "verdict", verdict)
@@ -426,7 +464,7 @@ def say_verdict(p, is_best, risk):
         return "not shown to beat the baseline"
     if is_best:
         return "the best"
-    # From 95 % on, nobody says "probably".
+    # With 95 % or more, leave out "probably".
     if p["p_worse"] >= 0.95:
         return f"worse, {p['p_worse']:.0%}"
     if p["p_worse"] >= 1 - risk:
@@ -446,10 +484,10 @@ def log_serving_costs(models, train, seed):
 
 
 def measure_serving_cost(served, X, seed):
-    """Return latency, throughput and size of a model as MLflow serves it, on one core.
+    """Return latency, throughput and size of a model in the form that MLflow serves, on one core.
 
     `served` is what mlflow.pyfunc.load_model returns; it checks each row before it predicts.
-    The latency is for a request of one row.
+    The latency is that of predict() for one row, in this process: without HTTP.
     """
     row = X.head(1)
     batch = X.sample(10_000, replace=True, random_state=seed)
@@ -546,10 +584,11 @@ def draw_costs(axes, runs, metric):
     latency = points["metrics.latency_ms_p50"]
     score = points[f"metrics.cv_{metric}"]
     # From fast to slow, a model is on the line if it scores higher than every faster one.
-    front = score > score.cummax().shift(fill_value=-np.inf)
+    best_of_faster = score.cummax().shift(fill_value=-np.inf)
+    front = score > best_of_faster
     axes.plot(latency, score, "o", color="lightgray", markersize=9)
     axes.plot(latency[front], score[front], "o--", color="tab:blue", markersize=9)
-    # Names start or end at their points, so that they stay inside of the axes.
+    # Names start or end at their points, so that they stay inside the axes.
     middle = (latency.min() + latency.max()) / 2
     for name, x, y in zip(points["tags.mlflow.runName"], latency, score, strict=True):
         side = "left" if x < middle else "right"
@@ -612,7 +651,7 @@ def to_markdown(table):
 
 
 def print_report(comparison_id, runs, metric, rope):
-    """Print what the comparison found, as MLflow has it."""
+    """Print what the comparison found, read back from MLflow."""
     data = mlflow.get_run(comparison_id).data
     print()
     print(format_candidates(runs, metric).to_string(index=False))
@@ -620,13 +659,21 @@ def print_report(comparison_id, runs, metric, rope):
     print(f"\nBaseline     {metric} {baseline:.4f}, always the most frequent class")
     print(f"Best         {data.params['best_model']}, by its mean {metric} over the folds")
     recommended = data.params["recommended_model"]
-    reason = "practically as good as the best, and among the fastest"
-    if recommended == data.params["best_model"]:
-        reason = "the best, and among the fastest"
     if recommended == "none":
         reason = "the best is not shown to beat the baseline"
+    elif recommended == data.params["best_model"]:
+        reason = "the best; no model that is practically the same is clearly faster"
+    else:
+        reason = "practically the same as the best, and faster"
     print(f"Recommended  {recommended}: {reason}")
-    print(f"Percentages are probabilities; a difference of up to {rope} counts as none.")
+
+    print(f"\nPercentages are probabilities, in which a difference of up to {rope} counts as none.")
+    print("They are for this data set and this split. The best was chosen by the same scores, so")
+    print("its lead is a little too large. Precision, recall and F1 are means over the classes.")
+    gain = data.metrics[f"best_cv_{metric}"] - baseline
+    if gain < 3 * rope:
+        print(f"Note: the best is only {gain:.4f} above the baseline, so small differences matter:")
+        print("      choose another --metric, such as balanced_accuracy, or a smaller ROPE")
 
 
 def how_to_load_the_best(experiment_id, comparison_id, metric, train):
@@ -672,7 +719,7 @@ def run_in_parallel(tasks, return_as):
     for worker in set(multiprocessing.active_children()) - set(before):
         worker.kill = worker.terminate
     with warnings.catch_warnings():
-        # joblib warns when tasks are given up, as after Ctrl-C.
+        # joblib warns when tasks are abandoned, as after Ctrl-C.
         warnings.filterwarnings("ignore", module="joblib")
         try:
             yield results
@@ -698,6 +745,8 @@ def load_data(csv=None, target="diagnosis", test_size=0.2, seed=42):
     The table is a CSV file with a header, or scikit-learn's breast cancer data. Rows without
     a class are left out. Numbers and true/false become floats, which can hold gaps; text
     stays. Returns two Rows. Raises UserError if the table or its target cannot be used.
+
+    The split is random, which is right only for rows that do not depend on each other.
     """
     name = table_name(csv)
     table = read_table(csv)
@@ -706,11 +755,13 @@ def load_data(csv=None, target="diagnosis", test_size=0.2, seed=42):
         raise UserError(f"{name} needs {target!r} and more columns, but has {columns}")
 
     # Classes are text, and so are predictions. convert_dtypes() keeps class 1 from becoming
-    # "1.0" in a column with gaps.
-    labels = table[target].dropna().convert_dtypes().astype(str)
+    # "1.0" in a column with gaps. scikit-learn is faster with objects than with pandas' text.
+    labels = table[target].dropna().convert_dtypes().astype(str).astype(object)
     features = table.drop(columns=target).loc[labels.index]
     features = features.apply(lambda column: column.astype("float64", errors="ignore"))
     print(f"{name}: {len(labels)} of {len(table)} rows have a {target!r}", flush=True)
+    if len(labels) < len(table):
+        point_out_missing_classes(csv, table[target])
     check_labels(labels)
     check_features(features)
 
@@ -723,9 +774,12 @@ def load_data(csv=None, target="diagnosis", test_size=0.2, seed=42):
 
 def table_name(csv):
     """Return a short name for a CSV file, or for the breast cancer data if it is None."""
-    if csv is None:
-        return "breast-cancer"
-    words = re.findall("[a-z0-9]+", Path(csv).stem.lower())
+    return "breast-cancer" if csv is None else to_name(Path(csv).stem)
+
+
+def to_name(text):
+    """Return a text as a name for MLflow: its words in lower case, joined by hyphens."""
+    words = re.findall("[a-z0-9]+", text.lower())
     return "-".join(words) or "table"
 
 
@@ -738,6 +792,15 @@ def read_table(csv):
         return pd.read_csv(csv, low_memory=False)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {csv}: {error}") from error
+
+
+def point_out_missing_classes(csv, labels):
+    """Print the words that pandas takes for a missing class. "None" may be meant as a class."""
+    if csv is None or not Path(csv).is_file():
+        return
+    text = pd.read_csv(csv, dtype=str, keep_default_na=False)[labels.name]
+    for word in sorted(set(text[labels.isna()]) - {""}):
+        print(f"Note: {word!r} counts as a missing {labels.name!r}; if it is a class, rename it")
 
 
 def check_labels(labels, min_rows=7):
@@ -754,25 +817,30 @@ def check_labels(labels, min_rows=7):
 
 
 def check_features(features):
-    """Raise UserError if a number is infinite. Point out text that differs in nearly all rows."""
+    """Raise UserError if a number is infinite. Point out columns that may only identify a row."""
     numbers = features.select_dtypes("number")
     infinite = numbers.columns[np.isinf(numbers).any()]
     if len(infinite):
-        raise UserError(f"column {infinite[0]!r} has infinite numbers: replace them by empty cells")
-    for column in features.select_dtypes(exclude="number"):
-        filled = features[column].count()
-        different = features[column].nunique()
-        if filled > 20 and different > 0.9 * filled:
-            print(
-                f"Note: {column!r} has {different} different values; a model learns little from it"
-            )
+        raise UserError(f"column {infinite[0]!r} has infinite numbers: leave those cells empty")
+    for column in features:
+        values = features[column].dropna()
+        if column in numbers:
+            identifies = values.is_unique and (values % 1 == 0).all()
+        else:
+            identifies = values.nunique() > 0.9 * len(values)
+        if len(values) > 20 and identifies:
+            print(f"Note: {column!r} differs in nearly every row; if it identifies rows, drop it")
 
 
 def make_rows(X, y, name):
     """Return Rows with an MLflow data set of this name."""
     quieten_mlflow()
     table = pd.concat([X, y], axis="columns")
-    return Rows(X, y, mlflow.data.from_pandas(table, targets=y.name, name=name))
+    # MLflow's own digest leaves out the rows after the first 10,000, and text columns with gaps.
+    row_hashes = pd.util.hash_pandas_object(table).to_numpy()
+    content = str(list(table)).encode() + row_hashes.tobytes()
+    digest = hashlib.sha256(content).hexdigest()[:8]
+    return Rows(X, y, mlflow.data.from_pandas(table, targets=y.name, name=name, digest=digest))
 
 
 def add_preprocessing(model, X):
@@ -815,7 +883,8 @@ def log_rows(**rows):
 def log_model(model, X, trusted_types):
     """Log a fitted model to the active run, ready to be served, and return its model ID.
 
-    X are rows that it was trained on: the first five become its input example.
+    X are the rows that it was trained on. The first five become its input example. If the
+    pipeline uses other packages, add them to `packages`.
     """
     packages = ["mlflow", "scikit-learn", "skops", "pandas", "numpy", "scipy"]
     logged = mlflow.sklearn.log_model(
@@ -825,7 +894,7 @@ def log_model(model, X, trusted_types):
         # and those that are named here.
         serialization_format="skops",
         skops_trusted_types=trusted_types,
-        signature=mlflow.models.infer_signature(X, model.predict(X)),
+        signature=mlflow.models.infer_signature(X, model.predict(X.head())),
         input_example=X.head(),
         pip_requirements=[f"{package}=={metadata.version(package)}" for package in packages],
     )
@@ -846,13 +915,14 @@ def open_store(experiment):
     quieten_mlflow()
 
     uri = mlflow.get_tracking_uri()
-    # After the `with` block, calls retry for about a minute, as a server may restart.
+    # Calls are repeated for about a minute, as a server may restart; only the first are not.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "5")
     try:
         with impatient_requests(), one_process_at_a_time(uri):
             connect_once(uri)
             mlflow.set_experiment(experiment)
-            # If another process made it at the same moment, the first call does not select it.
+            # Twice: if another process makes it at the same moment, the first call returns it,
+            # but does not select it.
             return mlflow.set_experiment(experiment).experiment_id
     except Exception as error:
         message = f"cannot open the store {uri} (down, locked, full, or a wrong login?): {error}"
@@ -983,7 +1053,8 @@ def interrupt_after_mlflow_call(signal_number, frame, deadline=None):
     """Let Ctrl-C stop the program, but only after a call of MLflow that is under way.
 
     Otherwise, a write that is cut short leaves a run RUNNING, or the database locked. After
-    half a minute, it stops all the same: a server may be away.
+    half a minute, it stops all the same: a server may be unreachable. Functions that you copy
+    from this script do not need it.
     """
     deadline = deadline or time.monotonic() + 30
     modules = [one.f_globals.get("__name__", "") for one, _ in traceback.walk_stack(frame)]

@@ -14,7 +14,7 @@ the version in production. Only then does the alias `production` move to it.
 It leaves this in the store (sqlite:///mlflow.db, or MLFLOW_TRACKING_URI where that is set):
 
     experiment production-deployment
-    ├── deployment          metrics of the gate, gate.png, deployment_guide.md; `model`, if trained
+    ├── deployment          metrics of the gate, confusion.png, deployment_guide.md, `model`
     └── rollback            which version it put back into production
     registered model breast-cancer-classifier
     └── version 1, 2, …     with its verdict; aliases staging, production and previous
@@ -34,6 +34,7 @@ fails. 130: Ctrl-C. After 2 or 130, the alias `production` tells whether it move
 # ///
 # joblib, matplotlib, scipy, skops, SQLAlchemy and threadpoolctl come with these.
 
+import hashlib
 import logging
 import os
 import random
@@ -88,11 +89,11 @@ TOLERANCE = 0.02  # how far a score may fall below production's
 GATE = {
     # The score on the hold-out. This limit is for the breast cancer data.
     "score": MetricThreshold(threshold=0.93, greater_is_better=True),
-    # The score minus that of always answering the most frequent class.
+    # The score minus that of always answering the most frequent class. One row in a hundred.
     "above_baseline": MetricThreshold(threshold=0.01, greater_is_better=True),
     # The score of the version in production minus this score.
     "below_production": MetricThreshold(threshold=TOLERANCE, greater_is_better=False),
-    # The probability that this difference would exceed TOLERANCE on other rows.
+    # The probability that this version is in truth worse by more than TOLERANCE.
     "p_below_production": MetricThreshold(threshold=0.2, greater_is_better=False),
     # The best score that was ever in production minus this score. Without this limit, many
     # small losses could add up.
@@ -106,7 +107,7 @@ GATE = {
 }
 
 # The choices of --metric: functions of the true and the predicted classes. Higher must be
-# better: to use an error, negate it, like scikit-learn's neg_ scorers. F1, precision and
+# better: for a loss, return its negative, like scikit-learn's neg_ scorers. F1, precision and
 # recall are macro averages, in which every class counts the same.
 METRICS = {
     "accuracy": accuracy_score,
@@ -126,20 +127,20 @@ TRUSTED = [
 
 
 class UserError(Exception):
-    """A problem that the user can fix. It ends the program in one line, without a traceback."""
+    """A reason to stop that the user can act on: one line on stderr, without a traceback."""
 
     exit_code = 2
 
 
 class Refused(UserError):
-    """There is no result that should be used. Its exit code differs from that of bad input."""
+    """The work is done, but there is no result that should be used."""
 
     exit_code = 1
 
 
 def main(argv=None):
     args = parse_args(argv)
-    name = f"{table_name(args.csv)}-classifier"
+    name = registered_name(args.csv, args.target)
     if args.history:
         print_history(open_store(EXPERIMENT), name)
     elif args.rollback is not None:
@@ -149,7 +150,10 @@ def main(argv=None):
 
 
 def deploy(args, name):
-    """Register a model as a new version, validate it, and promote it if it passes the gate."""
+    """Register a model as a new version, validate it, and promote it if it passes the gate.
+
+    If it does not, it stays `staging`, and the version in production stays there.
+    """
     check_skops()
     train, test = load_data(args.csv, args.target, TEST_SIZE, SEED)
     experiment_id = open_store(EXPERIMENT)
@@ -172,7 +176,7 @@ def deploy(args, name):
         metrics |= compare(candidate, champion.model, test, score, TOLERANCE, SEED)
         metrics |= compare_with_history(experiment_id, name, args.metric, test, metrics["score"])
         mlflow.log_metrics(metrics, model_id=model_id, dataset=test.dataset)
-        mlflow.log_figure(draw_confusions(candidate, champion.model, test), "gate.png")
+        mlflow.log_figure(draw_confusions(candidate, champion.model, test), "confusion.png")
 
         gate = choose_gate(GATE, metrics, args.min_score, args.csv)
         missed = missed_limits(metrics, gate)
@@ -214,6 +218,13 @@ def parse_args(argv):
         help="put the previous version, or VERSION, back into production, and exit",
     )
     return parser.parse_args(argv)
+
+
+def registered_name(csv, target):
+    """Return the name of the registered model, such as customers-churned-classifier."""
+    if csv is None:
+        return "breast-cancer-classifier"
+    return f"{table_name(csv)}-{to_name(target)}-classifier"
 
 
 def check_skops():
@@ -268,9 +279,10 @@ def check_logged_model(model_uri, train, trusted_types):
     model_id = model.model_id
     logged = mlflow.get_logged_model(model_id)  # raises an error if this store does not have it
     # The ID is from the model's own files, which could name another model than the URI does.
-    ids = {model_id, logged.source_run_id}
-    if model_uri.startswith(("models:/m-", "runs:/")) and not ids & set(model_uri.split("/")):
-        raise UserError(f"{model_uri} has the ID of another model, {model_id}")
+    if model_uri.startswith(("models:/m-", "runs:/")):
+        id_in_uri = model_uri.split("/")[1]
+        if id_in_uri not in (model_id, logged.source_run_id):
+            raise UserError(f"{model_uri} has the ID of another model, {model_id}")
     if not training_digests(model_id):
         print("Note: the model's training rows are unknown; if it has seen the hold-out, its score")
         print("      is too good", flush=True)
@@ -370,11 +382,11 @@ def compare(candidate, champion, test, score, tolerance, seed):
 
 
 def compare_with_history(experiment_id, name, metric, test, candidate_score):
-    """Return how far a score is below the best on this hold-out that was ever in production.
+    """Return how far a score is below the best of all versions that were ever in production.
 
-    A version that was rolled back counts as well: delete its run to forget it. One whose
-    training rows are unknown does not count: it may have seen the hold-out. Returns no metric
-    if there is none yet.
+    These scores are from runs with the same metric and hold-out. A version that was rolled
+    back counts as well: delete its run to forget it. One whose training rows are unknown does
+    not count: it may have seen the hold-out. Returns no metric if there is none yet.
     """
     promoted = mlflow.search_runs(
         [experiment_id],
@@ -393,20 +405,20 @@ def compare_with_history(experiment_id, name, metric, test, candidate_score):
 
 
 def probability_of_loss(y, predicted, champion_predicted, score, tolerance, seed, draws=1000):
-    """Return how probable it is that a candidate loses to a champion by more than `tolerance`.
+    """Return how probable it is that a candidate is worse than a champion by more than `tolerance`.
 
     A paired bootstrap (Efron and Tibshirani, An Introduction to the Bootstrap, 1993): both
-    are scored on the same rows, which are drawn anew, with replacement, `draws` times.
+    are scored on the same rows, which are drawn anew, with replacement, `draws` times. As
+    the hold-out is stratified, each class keeps its number of rows.
     """
-    codes = np.concatenate([y, predicted, champion_predicted])
-    if codes.dtype.kind not in "iuf":  # classes, not the numbers of a regression
-        # Numbers are scored faster than text. Their order is that of the classes.
-        codes, _ = pd.factorize(codes, sort=True)
+    # Numbers are scored faster than text. Their order is that of the classes.
+    codes, _ = pd.factorize(np.concatenate([y, predicted, champion_predicted]), sort=True)
     y, predicted, champion_predicted = np.split(codes, 3)
+    rows_by_class = [np.flatnonzero(y == code) for code in np.unique(y)]
     rng = np.random.default_rng(seed)
     worse = 0
     for _ in range(draws):
-        rows = rng.integers(len(y), size=len(y))
+        rows = np.concatenate([rng.choice(own, size=len(own)) for own in rows_by_class])
         loss = rounded_difference(
             score(y[rows], champion_predicted[rows]), score(y[rows], predicted[rows])
         )
@@ -442,7 +454,7 @@ def refuses_a_missing_column(model, X):
 
 
 def rounded_difference(a, b):
-    """Return a - b, rounded: else 0.98 - 0.96 is 0.020000000000000018, above a limit of 0.02."""
+    """Return a - b, rounded: 0.98 - 0.96 must be 0.02, and not 0.020000000000000018."""
     return round(a - b, 12)
 
 
@@ -563,8 +575,8 @@ def one_promotion_at_a_time(experiment_id, name, patience=60):
     The registry has no lock. So each run first tags itself as promoting, and then searches
     for others. Of two runs, at least one sees the other and steps back. A tag counts for
     `patience` seconds, as its run may have been killed: a promotion must be faster than that,
-    and the clocks of two machines must agree. Raises UserError if others still promote after
-    that time.
+    and the clocks of two machines must agree. Raises UserError if others are still promoting
+    after that time.
     """
     run_id = mlflow.active_run().info.run_id
     claims = f"tags.promoting = '{name}' AND attributes.status = 'RUNNING'"
@@ -595,18 +607,18 @@ def one_promotion_at_a_time(experiment_id, name, patience=60):
 def promote(name, version, replaces, outcome="promoted"):
     """Point `production` at a version, and `previous` at `replaces`, which is None for a first one.
 
-    Raises Refused, and moves nothing, if another version than `replaces` is in production.
+    Raises Refused, and moves nothing, if the version in production is not `replaces`.
     """
     current = get_aliases(name).get("production")
     if current != replaces:
         mlflow.set_tag("outcome", "refused")
-        raise Refused(f"version {current} has come into production meanwhile; run this again")
+        raise Refused(f"version {current} was promoted in the meantime; run this again")
     print(f"Moving the alias `production` to version {version}", flush=True)
     client = mlflow.MlflowClient()
     mlflow.set_tag("outcome", "unfinished")  # what --history shows if this process is killed here
     if replaces is not None:
-        # A kill between the two set_alias leaves both aliases at `replaces`. A rollback then
-        # goes to the version that `replaces` had replaced: see previous_version.
+        # If the process is killed between the two set_alias, both aliases point at `replaces`.
+        # A rollback then goes to the version that `replaces` had replaced: see previous_version.
         client.set_model_version_tag(name, version, "replaces", replaces)
         client.set_model_version_tag(name, replaces, "was_in_production", "yes")
         set_alias(name, "previous", replaces)
@@ -631,8 +643,8 @@ def set_legacy_stage(name, version):
         print(f"Note: the alias has moved, but the legacy stage could not be set: {error}")
 
 
-# Indented lines are shell commands. Those with @production follow the alias; the others
-# deploy one version.
+# Indented lines are shell commands. Those with @production take the version that the alias
+# points at when they start; the others take this version.
 GUIDE = """# Deploy {name} version {number} from this store
 
     export MLFLOW_TRACKING_URI={store}
@@ -700,7 +712,7 @@ def predict_with_production(name, test, trusted_types):
     print("Predicting rows of the hold-out with the version in production\n", flush=True)
     model = load_checked(f"models:/{name}@production", test.X.columns, trusted_types)
     rows = test.X.head()
-    return rows.iloc[:, :3].assign(actual=test.y, predicted=model.predict(rows))
+    return rows.iloc[:, :3].assign(actual=test.y.head(), predicted=model.predict(rows))
 
 
 # The two other commands: roll back, and look back.
@@ -709,8 +721,8 @@ def predict_with_production(name, test, trusted_types):
 def roll_back(experiment_id, name, to):
     """Put an earlier version back into production: `to` is its number, or "previous".
 
-    A second rollback to "previous" undoes the first. Raises UserError for a version that is in
-    production now, or never was.
+    A second rollback to "previous" undoes the first. A rollback skips the gate. Raises UserError
+    if the version is in production already, or has never been.
     """
     aliases = get_aliases(name)
     current = aliases.get("production")
@@ -780,7 +792,8 @@ def set_alias(name, alias, version):
     try:
         client.set_registered_model_alias(name, alias, version)
     except mlflow.MlflowException:
-        # Another deployment has made this alias at the same moment. Now it can be moved.
+        # Two deployments may make this alias at the same moment: one of them gets an error,
+        # but only once.
         client.set_registered_model_alias(name, alias, version)
 
 
@@ -912,6 +925,8 @@ def load_data(csv=None, target="diagnosis", test_size=0.2, seed=42):
     The table is a CSV file with a header, or scikit-learn's breast cancer data. Rows without
     a class are left out. Numbers and true/false become floats, which can hold gaps; text
     stays. Returns two Rows. Raises UserError if the table or its target cannot be used.
+
+    The split is random, which is right only for rows that do not depend on each other.
     """
     name = table_name(csv)
     table = read_table(csv)
@@ -920,11 +935,13 @@ def load_data(csv=None, target="diagnosis", test_size=0.2, seed=42):
         raise UserError(f"{name} needs {target!r} and more columns, but has {columns}")
 
     # Classes are text, and so are predictions. convert_dtypes() keeps class 1 from becoming
-    # "1.0" in a column with gaps.
-    labels = table[target].dropna().convert_dtypes().astype(str)
+    # "1.0" in a column with gaps. scikit-learn is faster with objects than with pandas' text.
+    labels = table[target].dropna().convert_dtypes().astype(str).astype(object)
     features = table.drop(columns=target).loc[labels.index]
     features = features.apply(lambda column: column.astype("float64", errors="ignore"))
     print(f"{name}: {len(labels)} of {len(table)} rows have a {target!r}", flush=True)
+    if len(labels) < len(table):
+        point_out_missing_classes(csv, table[target])
     check_labels(labels)
     check_features(features)
 
@@ -937,9 +954,12 @@ def load_data(csv=None, target="diagnosis", test_size=0.2, seed=42):
 
 def table_name(csv):
     """Return a short name for a CSV file, or for the breast cancer data if it is None."""
-    if csv is None:
-        return "breast-cancer"
-    words = re.findall("[a-z0-9]+", Path(csv).stem.lower())
+    return "breast-cancer" if csv is None else to_name(Path(csv).stem)
+
+
+def to_name(text):
+    """Return a text as a name for MLflow: its words in lower case, joined by hyphens."""
+    words = re.findall("[a-z0-9]+", text.lower())
     return "-".join(words) or "table"
 
 
@@ -952,6 +972,15 @@ def read_table(csv):
         return pd.read_csv(csv, low_memory=False)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {csv}: {error}") from error
+
+
+def point_out_missing_classes(csv, labels):
+    """Print the words that pandas takes for a missing class. "None" may be meant as a class."""
+    if csv is None or not Path(csv).is_file():
+        return
+    text = pd.read_csv(csv, dtype=str, keep_default_na=False)[labels.name]
+    for word in sorted(set(text[labels.isna()]) - {""}):
+        print(f"Note: {word!r} counts as a missing {labels.name!r}; if it is a class, rename it")
 
 
 def check_labels(labels, min_rows=7):
@@ -968,25 +997,30 @@ def check_labels(labels, min_rows=7):
 
 
 def check_features(features):
-    """Raise UserError if a number is infinite. Point out text that differs in nearly all rows."""
+    """Raise UserError if a number is infinite. Point out columns that may only identify a row."""
     numbers = features.select_dtypes("number")
     infinite = numbers.columns[np.isinf(numbers).any()]
     if len(infinite):
-        raise UserError(f"column {infinite[0]!r} has infinite numbers: replace them by empty cells")
-    for column in features.select_dtypes(exclude="number"):
-        filled = features[column].count()
-        different = features[column].nunique()
-        if filled > 20 and different > 0.9 * filled:
-            print(
-                f"Note: {column!r} has {different} different values; a model learns little from it"
-            )
+        raise UserError(f"column {infinite[0]!r} has infinite numbers: leave those cells empty")
+    for column in features:
+        values = features[column].dropna()
+        if column in numbers:
+            identifies = values.is_unique and (values % 1 == 0).all()
+        else:
+            identifies = values.nunique() > 0.9 * len(values)
+        if len(values) > 20 and identifies:
+            print(f"Note: {column!r} differs in nearly every row; if it identifies rows, drop it")
 
 
 def make_rows(X, y, name):
     """Return Rows with an MLflow data set of this name."""
     quieten_mlflow()
     table = pd.concat([X, y], axis="columns")
-    return Rows(X, y, mlflow.data.from_pandas(table, targets=y.name, name=name))
+    # MLflow's own digest leaves out the rows after the first 10,000, and text columns with gaps.
+    row_hashes = pd.util.hash_pandas_object(table).to_numpy()
+    content = str(list(table)).encode() + row_hashes.tobytes()
+    digest = hashlib.sha256(content).hexdigest()[:8]
+    return Rows(X, y, mlflow.data.from_pandas(table, targets=y.name, name=name, digest=digest))
 
 
 def add_preprocessing(model, X):
@@ -1029,7 +1063,8 @@ def log_rows(**rows):
 def log_model(model, X, trusted_types):
     """Log a fitted model to the active run, ready to be served, and return its model ID.
 
-    X are rows that it was trained on: the first five become its input example.
+    X are the rows that it was trained on. The first five become its input example. If the
+    pipeline uses other packages, add them to `packages`.
     """
     packages = ["mlflow", "scikit-learn", "skops", "pandas", "numpy", "scipy"]
     logged = mlflow.sklearn.log_model(
@@ -1039,7 +1074,7 @@ def log_model(model, X, trusted_types):
         # and those that are named here.
         serialization_format="skops",
         skops_trusted_types=trusted_types,
-        signature=mlflow.models.infer_signature(X, model.predict(X)),
+        signature=mlflow.models.infer_signature(X, model.predict(X.head())),
         input_example=X.head(),
         pip_requirements=[f"{package}=={metadata.version(package)}" for package in packages],
     )
@@ -1060,13 +1095,14 @@ def open_store(experiment):
     quieten_mlflow()
 
     uri = mlflow.get_tracking_uri()
-    # After the `with` block, calls retry for about a minute, as a server may restart.
+    # Calls are repeated for about a minute, as a server may restart; only the first are not.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "5")
     try:
         with impatient_requests(), one_process_at_a_time(uri):
             connect_once(uri)
             mlflow.set_experiment(experiment)
-            # If another process made it at the same moment, the first call does not select it.
+            # Twice: if another process makes it at the same moment, the first call returns it,
+            # but does not select it.
             return mlflow.set_experiment(experiment).experiment_id
     except Exception as error:
         message = f"cannot open the store {uri} (down, locked, full, or a wrong login?): {error}"
@@ -1197,7 +1233,8 @@ def interrupt_after_mlflow_call(signal_number, frame, deadline=None):
     """Let Ctrl-C stop the program, but only after a call of MLflow that is under way.
 
     Otherwise, a write that is cut short leaves a run RUNNING, or the database locked. After
-    half a minute, it stops all the same: a server may be away.
+    half a minute, it stops all the same: a server may be unreachable. Functions that you copy
+    from this script do not need it.
     """
     deadline = deadline or time.monotonic() + 30
     modules = [one.f_globals.get("__name__", "") for one, _ in traceback.walk_stack(frame)]

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from functools import partial
 from typing import NamedTuple
 
 import benchmark_calibration
@@ -177,10 +178,15 @@ def test_what_is_printed_fits_and_says_how_far_it_is(sessions):
     """A line for each candidate with the time left, as they finish; a table of 120 columns."""
     for _, printed in sessions:
         lines = printed.splitlines()
-        progress = [re.match(r" *(\d)/4 +\d+ s left +(\w+) \w+$", line) for line in lines]
-        done = [(match[1], match[2]) for match in progress if match]
-        assert [number for number, _ in done] == ["1", "2", "3", "4"]
-        assert {name for _, name in done} == NAMES
+        pattern = r" *(\d)/4 +(\d+) s left +(\w+)  accuracy (.*)$"
+        done = [match.groups() for match in map(partial(re.match, pattern), lines) if match]
+        assert [number for number, *_ in done] == ["1", "2", "3", "4"]
+        assert {name: scores for *_, name, scores in done} == {
+            name: row["accuracy"] for name, row in printed_table(printed).items()
+        }
+        (start,) = re.findall(r"^ *0/4 +(\d+) s left$", printed, re.M)
+        left = [int(start), *(int(seconds) for _, seconds, *_ in done)]
+        assert left == sorted(left, reverse=True) and left[-1] == 0
         first = next(i for i, line in enumerate(lines) if line.split()[:1] == ["model"])
         assert max(map(len, lines[first : lines.index("", first)])) <= 120
         for word in ("Baseline ", "Best ", "Recommended "):
@@ -465,7 +471,7 @@ def test_one_that_raises_is_a_failed_row_and_of_equals_the_first_is_the_best(com
     assert "InvalidParameterError" in runs["broken"].data.tags["error"]
     assert list(printed_table(out)) == ["listed_first", "also", "broken"]
     assert printed_table(out)["broken"]["against the best"].startswith("failed: ")
-    assert re.search(r"^ *2/3 .* broken done$", out, re.M)
+    assert re.search(r"^ *2/3 .* broken  failed$", out, re.M)
     assert parent.data.params["best_model"] == "listed_first"
     for name in ("listed_first", "also"):
         p = [runs[name].data.metrics[chance] for chance in CHANCES]

@@ -223,7 +223,7 @@ def test_the_picture_shows_the_answers_of_both(deployed):
     assert len(script.draw_confusions(candidate, None, test).axes) == 1
     (run_,) = deployments()
     files = mlflow.artifacts.list_artifacts(run_id=run_.info.run_id)
-    assert {file.path for file in files} == {"gate.png", "deployment_guide.md"}
+    assert {file.path for file in files} == {"confusion.png", "deployment_guide.md"}
 
 
 def test_a_refused_model_changes_nothing_in_production(deployed, monkeypatch):
@@ -291,9 +291,9 @@ def test_what_is_lost_is_against_the_model_in_production(deployed):
     assert script.compare(candidate, None, test, share_right, 0.02, 42) == {}
 
 
-def answers_of_two(n, both, only_champion, only_candidate):
+def answers_of_two(n, both, only_champion, only_candidate, classes=("no", "yes")):
     """Return true classes, and the answers of a candidate and of a champion, for n rows."""
-    truth = np.array(["no", "yes"] * n)[:n]
+    truth = np.array(classes * n)[:n]
     wrong = np.where(truth == "no", "yes", "no")
     order = np.random.default_rng(0).permutation(n)
     champion_right = order < both + only_champion
@@ -306,7 +306,10 @@ def answers_of_two(n, both, only_champion, only_candidate):
 def test_the_probability_of_a_loss_is_that_of_two_other_ways(counts):
     """By counting exactly what the bootstrap draws at random, and by a Bayesian sign test."""
     n, tolerance, (only_champion, only_candidate) = 114, 0.02, counts
-    truth, candidate, champion = answers_of_two(n, 100, only_champion, only_candidate)
+    # Of one class: each class keeps its number of rows, so that two are less simple to count.
+    truth, candidate, champion = answers_of_two(
+        n, 100, only_champion, only_candidate, classes=("no",)
+    )
     arguments = (truth, candidate, champion, share_right, tolerance)
     p = script.probability_of_loss(*arguments, seed=42, draws=4000)
     assert p == script.probability_of_loss(*arguments, seed=42, draws=4000)
@@ -332,7 +335,9 @@ def test_the_probability_of_a_loss_goes_by_the_metric():
     truth[:30] = candidate[:30] = champion[:30] = "no"
     score = script.METRICS["balanced_accuracy"]
     p = script.probability_of_loss(truth, candidate, champion, score, 0.05, seed=1, draws=500)
-    rows = np.random.default_rng(7).integers(60, size=(4000, 60))
+    rng = np.random.default_rng(7)
+    of_each = [np.flatnonzero(truth == name) for name in ("no", "yes")]
+    rows = np.hstack([rng.choice(own, size=(4000, len(own))) for own in of_each])
     yes = truth.to_numpy()[rows] == "yes"
 
     def mean_share(answers):
@@ -341,6 +346,19 @@ def test_the_probability_of_a_loss_goes_by_the_metric():
 
     again = (mean_share(champion) - mean_share(candidate) > 0.05).mean()
     assert 0.2 < again < 0.95 and p == pytest.approx(again, abs=0.1)
+
+
+def test_a_rare_class_is_in_every_draw():
+    """Without it, macro averages would be over fewer classes: here, two wrong rows cost a third."""
+    truth = pd.Series(["a"] * 80 + ["b"] * 33 + ["c"])
+    champion = truth.to_numpy()
+    candidate = np.where(truth.index.isin([0, 1]), "c", truth)
+    p = [
+        script.probability_of_loss(truth, candidate, champion, score, 0.02, seed=1)
+        for score in (script.METRICS["recall"], script.METRICS["balanced_accuracy"])
+    ]
+    # Two of the 80 are 0.0083: more than 0.02 are lost if one draws five of them or more.
+    assert p[0] == p[1] == pytest.approx(stats.binom.sf(4, 80, 2 / 80), abs=0.03)
 
 
 def test_a_loss_of_exactly_the_tolerance_is_no_loss_of_more():
@@ -607,7 +625,7 @@ def test_own_data_has_no_minimum_score_but_that_of_min_score(tmp_path, monkeypat
     process = deploy(*own)
     assert "version 1 in production may have been trained on rows of the hold-out" in process.stdout
     assert process.returncode in (0, 1)
-    name = "own-classifier"
+    name = "own-y-classifier"
     assert client.get_model_version(name, "3").tags["compared_with"] == "1"
     assert "below_best_ever" not in deployments()[-1].data.metrics  # that was on other rows
 

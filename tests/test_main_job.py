@@ -147,7 +147,7 @@ def test_the_store_holds_what_is_promised_and_no_more(main_job):
             assert candidate.data.metrics.keys() > {"fit_seconds", "latency_ms_p50"} | CV_SCORES
     for deployment in parents("production-deployment"):
         assert children(deployment) == {} and len(models_of(deployment)) == 1
-        assert files_of(deployment) == {"gate.png", "deployment_guide.md"}
+        assert files_of(deployment) == {"confusion.png", "deployment_guide.md"}
     for experiment in EXPERIMENTS:
         sessions = parents(experiment)
         assert len(sessions) == 2

@@ -337,7 +337,7 @@ def test_the_server_alone_reaches_the_bucket(servers, deployed, bucket):
     assert all(place.startswith("mlflow-artifacts:/") for place in places)
     files = bucket[0].list_objects_v2(Bucket="bucket")["Contents"]
     paths = [file["Key"].removeprefix("mlflow/") for file in files]
-    for name, count in (("MLmodel", 2), ("model.skops", 2), ("gate.png", 2)):
+    for name, count in (("MLmodel", 2), ("model.skops", 2), ("confusion.png", 2)):
         same = [path for path in paths if path.endswith(f"/{name}")]
         assert len(same) == count, paths
         body = bucket[0].get_object(Bucket="bucket", Key=f"mlflow/{same[0]}")["Body"].read()
