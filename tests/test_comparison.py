@@ -189,6 +189,7 @@ def test_what_is_printed_fits_and_says_how_far_it_is(sessions):
         assert left == sorted(left, reverse=True) and left[-1] == 0
         first = next(i for i, line in enumerate(lines) if line.split()[:1] == ["model"])
         assert max(map(len, lines[first : lines.index("", first)])) <= 120
+        assert "above the baseline" not in printed
         for word in ("Baseline ", "Best ", "Recommended "):
             assert sum(line.startswith(word) for line in lines) == 1
 
@@ -452,6 +453,7 @@ def test_shuffled_labels_beat_no_baseline(compare, monkeypatch):
         (code, err.count("\n")) == (1, 1) and "the best is not shown" in err and "baseline" in err
     )
     assert "Next:" not in out
+    assert re.search(r"^Note: the best is only -?0\.0\d+ above the baseline", out, re.M)
     assert parent.info.status == "FINISHED"
     for run in children(parent).values():
         assert "baseline" in run.data.tags["verdict"]

@@ -148,7 +148,7 @@ def test_eight_scripts_at_once_on_a_server_lose_nothing(postgresql, tmp_path, mo
         for process in ended:
             assert SECRET not in process.stdout + process.stderr
             if process in refused:
-                assert_one_line(process, "meanwhile", code=1)
+                assert_one_line(process, "meantime", code=1)
             else:
                 assert_success(process)
         assert list(empty.iterdir()) == []  # all is on the server

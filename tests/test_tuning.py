@@ -250,12 +250,16 @@ def test_values_at_the_edge_are_the_least_and_the_greatest_of_some_numbers():
         "text": ["gini", "entropy"],
         "number_or_none": [3, None],
         "switch": [True, False],
+        "below_no_limit": [3, 1, None],
+        "least_of_no_limit": [3, 1, None],
     }
-    params = dict(zip(grid, [1, 0.5, 2, 1, 5, 7, "gini", 3, True], strict=True))
+    params = dict(zip(grid, [1, 0.5, 2, 1, 5, 7, "gini", 3, True, 3, 1], strict=True))
     edges = tuning.values_at_the_edge(params, grid)
-    assert set(edges) == {"least", "greatest", "least_of_unsorted"}
-    for name, side in (("least", "smallest"), ("least_of_unsorted", "smallest")):
-        assert side in edges[name] and "larg" not in edges[name] and edges[name].startswith("1 ")
+    least = {"least", "least_of_unsorted", "least_of_no_limit"}
+    assert set(edges) == least | {"greatest"}
+    for name in least:
+        assert "smallest" in edges[name] and "larg" not in edges[name]
+        assert edges[name].startswith("1 ")
     assert "largest" in edges["greatest"] and edges["greatest"].startswith("0.5 ")
 
 
