@@ -588,13 +588,11 @@ def draw_costs(axes, runs, metric):
     front = score > best_of_faster
     axes.plot(latency, score, "o", color="lightgray", markersize=9)
     axes.plot(latency[front], score[front], "o--", color="tab:blue", markersize=9)
-    # Names start or end at their points, so that they stay inside the axes.
-    middle = (latency.min() + latency.max()) / 2
     for name, x, y in zip(points["tags.mlflow.runName"], latency, score, strict=True):
-        side = "left" if x < middle else "right"
-        axes.annotate(name, (x, y), (0, 8), textcoords="offset points", ha=side)
-    axes.margins(0.15)
-    axes.set_xlim(left=0)
+        beside = {"xytext": (8, 0), "textcoords": "offset points", "va": "center"}
+        axes.annotate(name, (x, y), fontsize="small", **beside)
+    axes.margins(y=0.1)
+    axes.set_xlim(left=0, right=1.6 * latency.max())  # room for the names
     axes.set(xlabel="Latency of one row, median (ms)", ylabel=f"Cross-validated {metric}")
     axes.set_title("Blue: no other model is\nboth better and faster")
 
