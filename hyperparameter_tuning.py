@@ -114,7 +114,7 @@ class UserError(Exception):
 
 
 class Refused(UserError):
-    """The work is done, but there is no result that should be used."""
+    """Nothing is broken, but there is no result that should be used."""
 
     exit_code = 1
 
@@ -562,7 +562,9 @@ def load_data(csv=None, target="diagnosis", test_size=0.2, seed=42):
     table = read_table(csv)
     if target not in table or len(table.columns) < 2:
         columns = ", ".join(repr(column) for column in table)
-        raise UserError(f"{name} needs {target!r} and more columns, but has {columns}")
+        raise UserError(
+            f"{name} needs a column {target!r} (--target) and others beside it, but has {columns}"
+        )
 
     # Classes are text, and so are predictions. convert_dtypes() keeps class 1 from becoming
     # "1.0" in a column with gaps. scikit-learn is faster with objects than with pandas' text.
@@ -694,7 +696,8 @@ def log_model(model, X, trusted_types):
     """Log a fitted model to the active run, ready to be served, and return its model ID.
 
     X are the rows that it was trained on. The first five become its input example. If the
-    pipeline uses other packages, add them to `packages`.
+    pipeline uses other packages, add them to `packages`, and to PACKAGES in
+    production_deployment.py, which refuses all others.
     """
     packages = ["mlflow", "scikit-learn", "skops", "pandas", "numpy", "scipy"]
     logged = mlflow.sklearn.log_model(
@@ -725,7 +728,7 @@ def open_store(experiment):
     quieten_mlflow()
 
     uri = mlflow.get_tracking_uri()
-    # Calls are repeated for about a minute, as a server may restart; only the first are not.
+    # Later calls are retried for about a minute, as a server may restart. Those below are not.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "5")
     try:
         with impatient_requests(), one_process_at_a_time(uri):
@@ -834,7 +837,7 @@ def run_as_program(main):
     """Run `main` and return an exit code; errors that the user can fix become one line on stderr.
 
     0: done. 1: refused. 2: bad input, or a store that fails. 130: Ctrl-C. An unexpected error
-    keeps its traceback.
+    keeps its traceback, with which Python ends in 1 as well.
     """
     signal.signal(signal.SIGINT, interrupt_after_mlflow_call)
     for stream in (sys.stdout, sys.stderr):

@@ -1,4 +1,4 @@
-"""Compare four classifiers with MLflow: which is best, how sure is that, and what do they cost?
+"""Compare four classifiers with MLflow: which is best, how certain is it, what does each cost?
 
 All are scored on the same folds, a 5-fold cross-validation that is repeated 30 times, on the
 training part of scikit-learn's breast cancer data. The script then asks MLflow for the best
@@ -94,8 +94,8 @@ REPEATS = 30
 
 # Region of practical equivalence: a difference of up to this does not matter.
 ROPE = 0.01
-# The accepted probability of an error, in each of two checks of the recommended model: that it
-# is worse than the best by more than ROPE, and that it does not beat the baseline.
+# The recommended model may be worse than the best by more than ROPE with at most this
+# probability, and may fail to beat the baseline with at most this one. The verdicts use it too.
 RISK = 0.2
 # Latencies up to this many times the lowest count as equal.
 NOISE = 1.1
@@ -127,7 +127,7 @@ class UserError(Exception):
 
 
 class Refused(UserError):
-    """The work is done, but there is no result that should be used."""
+    """Nothing is broken, but there is no result that should be used."""
 
     exit_code = 1
 
@@ -135,7 +135,7 @@ class Refused(UserError):
 def main(argv=None):
     args = parse_args(argv)
     metric = args.metric
-    train, test = load_data(args.csv, args.target, TEST_SIZE, SEED)
+    train, test = load_data(args.csv, args.target, TEST_SIZE, SEED)  # each has X, y and dataset
     candidates = make_candidates(len(train.X), SEED)
     experiment_id = open_store(EXPERIMENT)
     if args.tuned is not None:
@@ -147,13 +147,15 @@ def main(argv=None):
     with mlflow.start_run(run_name="comparison") as comparison:
         comparison_id = comparison.info.run_id
         log_rows(training=train, testing=test)
-        deciding = {metric: METRICS[metric]}
-        baseline = score_folds(DummyClassifier(), train.X, train.y, folds, deciding)
+        deciding_metric = {metric: METRICS[metric]}
+        baseline = score_folds(DummyClassifier(), train.X, train.y, folds, deciding_metric)
+        # A row for each fold. Each candidate adds a column.
         fold_scores = pd.DataFrame({"baseline": baseline[metric]})
-        with start_scoring(candidates, folds, train, METRICS) as (results, seconds):
-            for result in show_progress(results, seconds, metric):
+        with start_scoring(candidates, folds, train, METRICS) as (results, expected_seconds):
+            for result in show_progress(results, expected_seconds, metric):
                 params = candidates[result.name].get_params()
-                if log_candidate(result, params, train, test, METRICS, TRUSTED):
+                succeeded = log_candidate(result, params, train, test, METRICS, TRUSTED)
+                if succeeded:
                     fold_scores[result.name] = result.scores[metric]
 
         models = find_best_models(experiment_id, comparison_id, metric, train)
@@ -232,7 +234,7 @@ def load_tuned_forest(search_id, train, seed):
 def make_folds(train, n_folds, max_repeats, seed):
     """Return for each fold two arrays of positions: rows to train on, rows to score on.
 
-    There are at most `max_repeats` repeats, and at least two: many rows need fewer.
+    The more rows, the fewer repeats: from `max_repeats` down to two.
     """
     # Each repeat scores every row once. 15,000 scored rows make the means steady enough.
     repeats = max(2, min(max_repeats, 15_000 // len(train.X)))
@@ -271,10 +273,10 @@ class Result(NamedTuple):
 
 @contextmanager
 def start_scoring(candidates, folds, train, metrics):
-    """Score the candidates on all cores. Yield an iterator over their Results, in the same order.
+    """Score the candidates on all cores.
 
-    Also yields the seconds that each is likely to take. At the end of the `with` block,
-    anything still running is stopped.
+    Yields two: an iterator over their Results, in the same order, and the seconds that each is
+    likely to take, by name. At the end of the `with` block, anything still running is stopped.
     """
     models = {name: add_preprocessing(model, train.X) for name, model in candidates.items()}
     first_fold, *other_folds = folds
@@ -283,12 +285,12 @@ def start_scoring(candidates, folds, train, metrics):
     # each comes first, to estimate the time that the others take.
     tasks = [score_task(model, train, first_fold, metrics) for model in models.values()]
     for model in models.values():
-        # The fit on all rows takes longest. At the end of the queue, one core would be busy
-        # with it while the others idle.
+        # The fit on all rows takes longest, so it goes first: at the end of the queue, it would
+        # keep one core busy while the others idle.
         tasks.append(delayed(attempt)(model.fit, train.X, train.y))
         tasks += [score_task(model, train, fold, metrics) for fold in other_folds]
 
-    # The workers use all cores, so that more threads of this process would be in their way.
+    # The workers use all cores, so this process should not add threads of its own.
     with threadpool_limits(1), run_in_parallel(tasks, "generator") as outcomes:
         # They come in the order of the tasks.
         first_scores = {name: next(outcomes) for name in models}
@@ -302,7 +304,7 @@ def score_task(model, train, fold, metrics):
 
 
 def attempt(function, *args):
-    """Return what the function returns, or the exception that it raises: the others go on."""
+    """Return the function's result, or the exception that it raises: so the other tasks go on."""
     try:
         return function(*args)
     except Exception as error:
@@ -310,7 +312,10 @@ def attempt(function, *args):
 
 
 def collect_results(first_scores, outcomes, n_others):
-    """Yield the Result of each candidate, as soon as all of its outcomes are there."""
+    """Yield the Result of each candidate, as soon as all of its outcomes are there.
+
+    `outcomes` has, for each candidate in turn, its model and then its `n_others` other folds.
+    """
     for name, first in first_scores.items():
         model = next(outcomes)
         others = [next(outcomes) for _ in range(n_others)]
@@ -321,31 +326,31 @@ def collect_results(first_scores, outcomes, n_others):
             yield Result(name, model, pd.DataFrame([first, *others]), error=None)
 
 
-def estimate_seconds(first_scores, n_folds):
-    """Return how long each candidate takes on all cores, if all folds take as long as its first."""
+def estimate_seconds(first_scores, n_fits):
+    """Return how long each candidate takes on all cores, if all fits take as long as its first."""
     seconds = {}
     for name, scores in first_scores.items():
         failed = isinstance(scores, Exception)
-        seconds[name] = 0 if failed else scores["fit_seconds"] * n_folds / cpu_count()
+        seconds[name] = 0 if failed else scores["fit_seconds"] * n_fits / cpu_count()
     return seconds
 
 
-def show_progress(results, seconds, metric):
+def show_progress(results, expected_seconds, metric):
     """Pass each result on, then print it and the time that is left.
 
-    `seconds` has the time that each candidate is likely to take, by its name.
+    `expected_seconds` has the time that each candidate is likely to take, by its name.
     """
-    seconds_left = sum(seconds.values())
-    print(f"  0/{len(seconds)} {seconds_left:4.0f} s left", flush=True)
+    total = len(expected_seconds)
+    seconds_left = sum(expected_seconds.values())
+    print(f"  0/{total} {seconds_left:4.0f} s left", flush=True)
     for done, result in enumerate(results, start=1):
         yield result  # the caller logs it
-        seconds_left = max(0, seconds_left - seconds[result.name])
+        seconds_left = max(0, seconds_left - expected_seconds[result.name])
         outcome = "failed"
         if result.error is None:
             scores = result.scores[metric]
             outcome = f"{metric} {scores.mean():.4f} ± {scores.std(ddof=0):.4f}"
-        line = f"{done:3}/{len(seconds)} {seconds_left:4.0f} s left  {result.name}  {outcome}"
-        print(line, flush=True)
+        print(f"{done:3}/{total} {seconds_left:4.0f} s left  {result.name}  {outcome}", flush=True)
 
 
 def log_candidate(result, params, train, test, metrics, trusted_types):
@@ -365,7 +370,7 @@ def log_candidate(result, params, train, test, metrics, trusted_types):
         except Exception as error:
             first_line = str(error).partition("\n")[0]
             mlflow.set_tag("error", f"{type(error).__name__}: {first_line}")
-            mlflow.end_run("FAILED")
+            mlflow.end_run("FAILED")  # the `with` block leaves a run that has ended as it is
             return False
 
         cv_scores = summarize_folds(result.scores)
@@ -454,7 +459,7 @@ def posterior_of_mean(differences, n_folds):
     """
     n = len(differences)
     variance = differences.var(ddof=1) * (1 / n + 1 / (n_folds - 1))
-    # If all differences are equal, the scale would be zero, for which SciPy returns NaN.
+    # The best differs from itself by zero on all folds. For a scale of zero, SciPy returns NaN.
     return stats.t(df=n - 1, loc=differences.mean(), scale=max(variance**0.5, 1e-12))
 
 
@@ -469,6 +474,8 @@ def say_verdict(p, is_best, risk):
         return f"worse, {p['p_worse']:.0%}"
     if p["p_worse"] >= 1 - risk:
         return f"probably worse, {p['p_worse']:.0%}"
+    # No mean is above that of the best, so that P(better) is at most P(worse). The rest, which
+    # is most, is P(equivalent).
     if p["p_worse"] <= risk:
         return f"practically the same, {p['p_equivalent']:.0%}"
     return f"undecided, P(worse) = {p['p_worse']:.0%}"
@@ -484,9 +491,9 @@ def log_serving_costs(models, train, seed):
 
 
 def measure_serving_cost(served, X, seed):
-    """Return latency, throughput and size of a model in the form that MLflow serves, on one core.
+    """Return latency and throughput on one core, and size, of a model as MLflow serves it.
 
-    `served` is what mlflow.pyfunc.load_model returns; it checks each row before it predicts.
+    `served` comes from mlflow.pyfunc.load_model: such a model checks each row before it predicts.
     The latency is that of predict() for one row, in this process: without HTTP.
     """
     row = X.head(1)
@@ -518,9 +525,9 @@ def load_runs(experiment_id, comparison_id, metric):
 def recommend(runs, risk, noise):
     """Return the run to recommend: the best of those that are good and fast, or None.
 
-    Good: worse than the best by more than ROPE with probability `risk` or less, and better
-    than the baseline with probability `1 - risk` or more. Fast: with a latency of up to
-    `noise` times the lowest of the good ones. `runs` has the best first.
+    A run is good if it is worse than the best by more than ROPE with a probability of at most
+    `risk`, and better than the baseline with one of at least `1 - risk`. It is fast if its
+    latency is at most `noise` times the lowest of the good ones. `runs` has the best first.
     """
     as_good = runs["metrics.p_worse"] <= risk
     above_baseline = runs["metrics.p_above_baseline"] >= 1 - risk
@@ -662,10 +669,10 @@ def print_report(comparison_id, runs, metric, rope):
     elif recommended == data.params["best_model"]:
         reason = "the best; no model that is practically the same is clearly faster"
     else:
-        reason = "practically the same as the best, and faster"
+        reason = "the fastest that is practically the same as the best"
     print(f"Recommended  {recommended}: {reason}")
 
-    print(f"\nPercentages are probabilities, in which a difference of up to {rope} counts as none.")
+    print(f"\nPercentages are probabilities; a difference of up to {rope} counts as none.")
     print("They are for this data set and this split. The best was chosen by the same scores, so")
     print("its lead is a little too large. Precision, recall and F1 are means over the classes.")
     gain = data.metrics[f"best_cv_{metric}"] - baseline
@@ -750,7 +757,9 @@ def load_data(csv=None, target="diagnosis", test_size=0.2, seed=42):
     table = read_table(csv)
     if target not in table or len(table.columns) < 2:
         columns = ", ".join(repr(column) for column in table)
-        raise UserError(f"{name} needs {target!r} and more columns, but has {columns}")
+        raise UserError(
+            f"{name} needs a column {target!r} (--target) and others beside it, but has {columns}"
+        )
 
     # Classes are text, and so are predictions. convert_dtypes() keeps class 1 from becoming
     # "1.0" in a column with gaps. scikit-learn is faster with objects than with pandas' text.
@@ -882,7 +891,8 @@ def log_model(model, X, trusted_types):
     """Log a fitted model to the active run, ready to be served, and return its model ID.
 
     X are the rows that it was trained on. The first five become its input example. If the
-    pipeline uses other packages, add them to `packages`.
+    pipeline uses other packages, add them to `packages`, and to PACKAGES in
+    production_deployment.py, which refuses all others.
     """
     packages = ["mlflow", "scikit-learn", "skops", "pandas", "numpy", "scipy"]
     logged = mlflow.sklearn.log_model(
@@ -913,7 +923,7 @@ def open_store(experiment):
     quieten_mlflow()
 
     uri = mlflow.get_tracking_uri()
-    # Calls are repeated for about a minute, as a server may restart; only the first are not.
+    # Later calls are retried for about a minute, as a server may restart. Those below are not.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "5")
     try:
         with impatient_requests(), one_process_at_a_time(uri):
@@ -1022,7 +1032,7 @@ def run_as_program(main):
     """Run `main` and return an exit code; errors that the user can fix become one line on stderr.
 
     0: done. 1: refused. 2: bad input, or a store that fails. 130: Ctrl-C. An unexpected error
-    keeps its traceback.
+    keeps its traceback, with which Python ends in 1 as well.
     """
     signal.signal(signal.SIGINT, interrupt_after_mlflow_call)
     for stream in (sys.stdout, sys.stderr):

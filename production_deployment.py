@@ -19,8 +19,9 @@ It leaves this in the store (sqlite:///mlflow.db, or MLFLOW_TRACKING_URI where t
     registered model breast-cancer-classifier
     └── version 1, 2, …     with its verdict; aliases staging, production and previous
 
-Exit code 0: promoted, rolled back, or history printed. 1: refused. 2: bad input, or a store that
-fails. 130: Ctrl-C. After 2 or 130, the alias `production` tells whether it moved.
+Exit code 0: promoted, rolled back, or history printed. 1: refused, or an unexpected error (with
+its traceback). 2: bad input, or a store that fails. 130: Ctrl-C. `production` does not move when a
+model is refused; after other errors, --history shows whether it moved.
 """
 
 # /// script
@@ -89,14 +90,14 @@ TOLERANCE = 0.02  # how far a score may fall below production's
 GATE = {
     # The score on the hold-out. This limit is for the breast cancer data.
     "score": MetricThreshold(threshold=0.93, greater_is_better=True),
-    # The score minus that of always answering the most frequent class. One row in a hundred.
+    # The score minus that of always answering the most frequent class.
     "above_baseline": MetricThreshold(threshold=0.01, greater_is_better=True),
     # The score of the version in production minus this score.
     "below_production": MetricThreshold(threshold=TOLERANCE, greater_is_better=False),
-    # The probability that this version is in truth worse by more than TOLERANCE.
+    # The probability that this version is really worse by more than TOLERANCE.
     "p_below_production": MetricThreshold(threshold=0.2, greater_is_better=False),
-    # The best score that was ever in production minus this score. Without this limit, many
-    # small losses could add up.
+    # The best score of all versions promoted so far (same metric and rows) minus this score.
+    # Without this limit, many small losses could add up.
     "below_best_ever": MetricThreshold(threshold=TOLERANCE, greater_is_better=False),
     # The median time of predict() for one row, in this process: without HTTP.
     "latency_ms": MetricThreshold(threshold=50, greater_is_better=False),
@@ -133,7 +134,7 @@ class UserError(Exception):
 
 
 class Refused(UserError):
-    """The work is done, but there is no result that should be used."""
+    """Nothing is broken, but there is no result that should be used."""
 
     exit_code = 1
 
@@ -152,9 +153,9 @@ def main(argv=None):
 def deploy(args, name):
     """Register a model as a new version, validate it, and promote it if it passes the gate.
 
-    If it does not, it stays `staging`, and the version in production stays there.
+    It keeps the alias `staging` either way. If it fails, `production` does not move.
     """
-    check_skops()
+    check_skops()  # load_checked does it too, but only after the training
     train, test = load_data(args.csv, args.target, TEST_SIZE, SEED)
     experiment_id = open_store(EXPERIMENT)
     champion = load_champion(name, train, TRUSTED)
@@ -182,6 +183,7 @@ def deploy(args, name):
         missed = missed_limits(metrics, gate)
         log_verdict(name, version, champion, metrics, gate, missed, test)
         if missed:
+            # This ends the run with the status FAILED.
             raise Refused(f"version {version} misses a limit. {' '.join(missed)}")
 
         with one_promotion_at_a_time(experiment_id, name):
@@ -203,10 +205,10 @@ def parse_args(argv):
     add(
         "--csv",
         metavar="FILE",
-        help="use this table, not the breast cancer data; names the model",
+        help="use this table, not the breast cancer data; the model is named after it",
     )
     add("--target", default="diagnosis", help="the column to predict")
-    add("--metric", choices=METRICS, default="accuracy", help="the gate's score")
+    add("--metric", choices=METRICS, default="accuracy", help="how the gate scores a model")
     add("--model-uri", help="deploy this logged model: models:/m-… or runs:/RUN_ID/model")
     add("--min-score", type=float, help="the lowest score that passes the gate")
     add("--history", action="store_true", help="print who promoted or rolled back what, and exit")
@@ -225,16 +227,6 @@ def registered_name(csv, target):
     if csv is None:
         return "breast-cancer-classifier"
     return f"{table_name(csv)}-{to_name(target)}-classifier"
-
-
-def check_skops():
-    """Raise UserError if skops is older than the oldest that is tested here.
-
-    Releases before 0.12 can run code from a file that they load (CVE-2025-54412, -54413).
-    """
-    major, minor = metadata.version("skops").split(".")[:2]
-    if (int(major), int(minor)) < (0, 14):
-        raise UserError("skops is older than 0.14; run: pip install --upgrade skops")
 
 
 class Champion(NamedTuple):
@@ -266,68 +258,6 @@ def load_champion(name, train, trusted_types):
             f"Note: version {version} in production may have been trained on rows of the hold-out"
         )
     return Champion(version, model)
-
-
-def check_logged_model(model_uri, train, trusted_types):
-    """Return the model ID of a logged model that may be deployed.
-
-    Raises UserError if it may not be loaded, and Refused if it was trained on other rows than
-    these: the hold-out may be among them, and its score would be too good.
-    """
-    model = load_checked(model_uri, train.X.columns, trusted_types)
-    check_predictions(model, model_uri, train)
-    model_id = model.model_id
-    logged = mlflow.get_logged_model(model_id)  # raises an error if this store does not have it
-    # The ID is from the model's own files, which could name another model than the URI does.
-    if model_uri.startswith(("models:/m-", "runs:/")):
-        id_in_uri = model_uri.split("/")[1]
-        if id_in_uri not in (model_id, logged.source_run_id):
-            raise UserError(f"{model_uri} has the ID of another model, {model_id}")
-    if not training_digests(model_id):
-        print("Note: the model's training rows are unknown; if it has seen the hold-out, its score")
-        print("      is too good", flush=True)
-    if trained_on_other_rows(model_id, train):
-        raise Refused(f"{model_uri} was trained on other rows, perhaps on those of the hold-out")
-    return model_id
-
-
-def check_predictions(model, model_uri, train):
-    """Raise UnusableModel unless a loaded model predicts classes of the training rows."""
-    try:
-        predicted = set(model.predict(train.X.head()))
-    except Exception as error:
-        raise UnusableModel(f"{model_uri} does not predict: {error}") from error
-    others = predicted - set(train.y)
-    if others:
-        raise UnusableModel(
-            f"{model_uri} predicts {others.pop()!r}, which is not one of the classes"
-        )
-
-
-def trained_on_other_rows(model_id, train):
-    """Return True if the store knows that a model was trained on other rows than these."""
-    digests = training_digests(model_id)
-    return bool(digests) and digests != {train.dataset.digest}
-
-
-def training_digests(model_id):
-    """Return the digests of the data sets that a model was trained on; none if unknown."""
-    if model_id is None:  # it was saved, but not logged
-        return set()
-    try:
-        run_id = mlflow.get_logged_model(model_id).source_run_id
-        if run_id is None:  # it was logged outside of a run
-            return set()
-        run = mlflow.get_run(run_id)
-    except mlflow.MlflowException as error:
-        if error.error_code == "RESOURCE_DOES_NOT_EXIST":  # it was deleted
-            return set()
-        raise
-    return {
-        dataset_input.dataset.digest
-        for dataset_input in run.inputs.dataset_inputs
-        if {"training", "train"} & {tag.value for tag in dataset_input.tags}
-    }
 
 
 def train_model(train, trusted_types):
@@ -370,23 +300,24 @@ def evaluate(model, train, test, score):
     }
 
 
-def compare(candidate, champion, test, score, tolerance, seed):
+def compare(candidate, champion_model, test, score, tolerance, seed):
     """Return the metrics that compare a candidate with the champion; {} if there is none."""
-    if champion is None:
+    if champion_model is None:
         return {}
     predicted = candidate.predict(test.X)
-    champion_predicted = champion.predict(test.X)
+    champion_predicted = champion_model.predict(test.X)
     below = rounded_difference(score(test.y, champion_predicted), score(test.y, predicted))
     p_below = probability_of_loss(test.y, predicted, champion_predicted, score, tolerance, seed)
     return {"below_production": below, "p_below_production": p_below}
 
 
 def compare_with_history(experiment_id, name, metric, test, candidate_score):
-    """Return how far a score is below the best of all versions that were ever in production.
+    """Return how far a score is below the best of all versions promoted so far.
 
-    These scores are from runs with the same metric and hold-out. A version that was rolled
-    back counts as well: delete its run to forget it. One whose training rows are unknown does
-    not count: it may have seen the hold-out. Returns no metric if there is none yet.
+    These have been scored on the same hold-out by the same metric. A version that a rollback
+    took out of production counts as well: delete its run to forget it. One whose training
+    rows are unknown does not count: it may have seen the hold-out. Returns no metric if there
+    is none yet.
     """
     promoted = mlflow.search_runs(
         [experiment_id],
@@ -458,11 +389,11 @@ def rounded_difference(a, b):
     return round(a - b, 12)
 
 
-def draw_confusions(candidate, champion, test):
+def draw_confusions(candidate, champion_model, test):
     """Return a figure: the confusion matrices of the candidate and, beside it, the champion."""
     models = {"The candidate": candidate}
-    if champion is not None:
-        models["The version in production"] = champion
+    if champion_model is not None:
+        models["The version in production"] = champion_model
     figure = Figure(figsize=(5 * len(models), 4.5), layout="constrained")
     all_axes = np.atleast_1d(figure.subplots(1, len(models)))
     for axes, (title, model) in zip(all_axes, models.items(), strict=True):
@@ -510,8 +441,10 @@ def choose_gate(gate, metrics, min_score, csv):
 def missed_limits(metrics, gate):
     """Return a line for each limit that the metrics miss, as MLflow words it."""
     try:
-        mlflow.validate_evaluation_results(gate, EvaluationResult(metrics, artifacts={}))
-    except mlflow.exceptions.MlflowException as error:
+        mlflow.validate_evaluation_results(
+            validation_thresholds=gate, candidate_result=EvaluationResult(metrics, artifacts={})
+        )
+    except mlflow.MlflowException as error:
         return str(error).splitlines()
     return []
 
@@ -519,8 +452,9 @@ def missed_limits(metrics, gate):
 def log_verdict(name, version, champion, metrics, gate, missed, test):
     """Print the verdict, and write it to the version and to the active run.
 
-    The run's tag `outcome` is read by compare_with_history and print_history. It is "refused",
-    or "passed"; then promote() makes it "unfinished", and at its end "promoted".
+    The run's tag `outcome` is read by compare_with_history and print_history. It is "refused"
+    or "passed" here. promote() sets "unfinished" before it moves the aliases, and "promoted"
+    after.
     """
     table = format_gate(metrics, gate)
     print(table.to_string(index=False), flush=True)
@@ -617,8 +551,8 @@ def promote(name, version, replaces, outcome="promoted"):
     client = mlflow.MlflowClient()
     mlflow.set_tag("outcome", "unfinished")  # what --history shows if this process is killed here
     if replaces is not None:
-        # If the process is killed between the two set_alias, both aliases point at `replaces`.
-        # A rollback then goes to the version that `replaces` had replaced: see previous_version.
+        # If the process is killed between the two set_alias, both aliases point at this old
+        # version. previous_version() then follows its tag `replaces`, one version further back.
         client.set_model_version_tag(name, version, "replaces", replaces)
         client.set_model_version_tag(name, replaces, "was_in_production", "yes")
         set_alias(name, "previous", replaces)
@@ -726,14 +660,16 @@ def roll_back(experiment_id, name, to):
     """
     aliases = get_aliases(name)
     current = aliases.get("production")
-    number = previous_version(name, aliases) if to == "previous" else to
-    if current is None or number is None:
+    target = previous_version(name, aliases) if to == "previous" else to
+    if current is None:
+        raise UserError(f"{name} has no version in production to roll back from")
+    if target is None:
         raise UserError(f"{name} has no previous version to roll back to")
-    version = mlflow.MlflowClient().get_model_version(name, number)
-    target = str(version.version)  # the number as MLflow writes it: 2 for 02
+    found = mlflow.MlflowClient().get_model_version(name, target)
+    target = str(found.version)  # as MLflow writes it: 2 for 02
     if target == current:
         raise UserError(f"version {target} of {name} is already in production")
-    if to != "previous" and "was_in_production" not in version.tags:
+    if to != "previous" and "was_in_production" not in found.tags:
         raise UserError(f"version {target} of {name} was never in production")
 
     with mlflow.start_run(run_name="rollback"):
@@ -801,6 +737,43 @@ class UnusableModel(UserError):
     """A model that could run code, is broken, or does not fit the data."""
 
 
+def check_logged_model(model_uri, train, trusted_types):
+    """Return the model ID of a logged model that may be deployed.
+
+    Raises UserError if it may not be loaded, and Refused if it was trained on other rows than
+    these: the hold-out may be among them, and its score would be too good.
+    """
+    model = load_checked(model_uri, train.X.columns, trusted_types)
+    check_predictions(model, model_uri, train)
+    model_id = model.model_id
+    logged = mlflow.get_logged_model(model_id)  # raises an error if this store does not have it
+    # This ID is from the model's own files, which could name another model. So compare it with
+    # the URI, which holds a model ID (models:/m-…) or the ID of its run (runs:/…).
+    if model_uri.startswith(("models:/m-", "runs:/")):
+        id_in_uri = model_uri.split("/")[1]
+        if id_in_uri not in (model_id, logged.source_run_id):
+            raise UserError(f"{model_uri} has the ID of another model, {model_id}")
+    if not training_digests(model_id):
+        print("Note: the model's training rows are unknown; if it has seen the hold-out, its score")
+        print("      is too good", flush=True)
+    if trained_on_other_rows(model_id, train):
+        raise Refused(f"{model_uri} was trained on other rows, perhaps on those of the hold-out")
+    return model_id
+
+
+def check_predictions(model, model_uri, train):
+    """Raise UnusableModel unless a model predicts, and only classes that occur in training."""
+    try:
+        predicted = set(model.predict(train.X.head()))
+    except Exception as error:
+        raise UnusableModel(f"{model_uri} does not predict: {error}") from error
+    others = predicted - set(train.y)
+    if others:
+        raise UnusableModel(
+            f"{model_uri} predicts {others.pop()!r}, which is not one of the classes"
+        )
+
+
 def load_checked(model_uri, columns, trusted_types):
     """Fetch a model, check the copy, and load that same copy.
 
@@ -827,6 +800,16 @@ def load_checked(model_uri, columns, trusted_types):
             raise UnusableModel(f"{model_uri} cannot be loaded: {error}") from error
 
 
+def check_skops():
+    """Raise UserError if skops is older than 0.14, the oldest release that is tested here.
+
+    Releases before 0.12 can run code from a file that they load (CVE-2025-54412, -54413).
+    """
+    major, minor = metadata.version("skops").split(".")[:2]
+    if (int(major), int(minor)) < (0, 14):
+        raise UserError("skops is older than 0.14; run: pip install --upgrade skops")
+
+
 def fetch_model(model_uri, folder):
     """Download a model into a folder, and return its path. Raises UserError if that fails."""
     try:
@@ -836,6 +819,33 @@ def fetch_model(model_uri, folder):
     if not (path / "MLmodel").exists():
         raise UserError(f"cannot fetch {model_uri}: its files are gone")
     return path
+
+
+def trained_on_other_rows(model_id, train):
+    """Return True if the store knows that a model was trained on other rows than these."""
+    digests = training_digests(model_id)
+    return bool(digests) and digests != {train.dataset.digest}
+
+
+def training_digests(model_id):
+    """Return the digests of the data sets that a model was trained on; none if unknown."""
+    if model_id is None:  # it was saved, but not logged
+        return set()
+    try:
+        run_id = mlflow.get_logged_model(model_id).source_run_id
+        if run_id is None:  # it was logged outside of a run
+            return set()
+        run = mlflow.get_run(run_id)
+    except mlflow.MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":  # it was deleted
+            return set()
+        raise
+    # The context is "training" if log_rows has logged it, and "train" if MLflow's autologging has.
+    return {
+        dataset_input.dataset.digest
+        for dataset_input in run.inputs.dataset_inputs
+        if {"training", "train"} & {tag.value for tag in dataset_input.tags}
+    }
 
 
 # What a model of these scripts consists of. Anything else makes a model unusable.
@@ -865,8 +875,8 @@ PACKAGES = (
     "mlflow|scikit-learn|skops|pandas|numpy|scipy|joblib|threadpoolctl|cloudpickle|psutil"
     "|python|pip|setuptools|wheel"
 )
-# A line of the files that list them: a package, or one of the words that stand between
-# packages. An index, an address, a path or an option of pip is none of these.
+# What a line of the files that list them may be: a package, a key of the YAML, or
+# "-r requirements.txt". Any index, address, path or other option of pip is refused.
 ENVIRONMENT_LINE = re.compile(
     rf"""
     (\s*-\ )?
@@ -890,7 +900,7 @@ def why_unsafe(path, trusted_types):
     if set(flavors) != set(FLAVORS):
         return f"it has the flavors {', '.join(flavors)}"
     for name, flavor in flavors.items():
-        # MLflow writes a setting that is not used as null or as an empty list.
+        # MLflow writes unused settings as null or as an empty list.
         settings = {k: v for k, v in flavor.items() if v and k not in FREE_SETTINGS}
         python_version = flavor.get("python_version", "3")
         if settings != FLAVORS[name] or not re.fullmatch(r"\d[\w.+]*", python_version):
@@ -932,7 +942,9 @@ def load_data(csv=None, target="diagnosis", test_size=0.2, seed=42):
     table = read_table(csv)
     if target not in table or len(table.columns) < 2:
         columns = ", ".join(repr(column) for column in table)
-        raise UserError(f"{name} needs {target!r} and more columns, but has {columns}")
+        raise UserError(
+            f"{name} needs a column {target!r} (--target) and others beside it, but has {columns}"
+        )
 
     # Classes are text, and so are predictions. convert_dtypes() keeps class 1 from becoming
     # "1.0" in a column with gaps. scikit-learn is faster with objects than with pandas' text.
@@ -1064,7 +1076,8 @@ def log_model(model, X, trusted_types):
     """Log a fitted model to the active run, ready to be served, and return its model ID.
 
     X are the rows that it was trained on. The first five become its input example. If the
-    pipeline uses other packages, add them to `packages`.
+    pipeline uses other packages, add them to `packages`, and to PACKAGES in
+    production_deployment.py, which refuses all others.
     """
     packages = ["mlflow", "scikit-learn", "skops", "pandas", "numpy", "scipy"]
     logged = mlflow.sklearn.log_model(
@@ -1095,7 +1108,7 @@ def open_store(experiment):
     quieten_mlflow()
 
     uri = mlflow.get_tracking_uri()
-    # Calls are repeated for about a minute, as a server may restart; only the first are not.
+    # Later calls are retried for about a minute, as a server may restart. Those below are not.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "5")
     try:
         with impatient_requests(), one_process_at_a_time(uri):
@@ -1204,7 +1217,7 @@ def run_as_program(main):
     """Run `main` and return an exit code; errors that the user can fix become one line on stderr.
 
     0: done. 1: refused. 2: bad input, or a store that fails. 130: Ctrl-C. An unexpected error
-    keeps its traceback.
+    keeps its traceback, with which Python ends in 1 as well.
     """
     signal.signal(signal.SIGINT, interrupt_after_mlflow_call)
     for stream in (sys.stdout, sys.stderr):

@@ -216,7 +216,7 @@ def test_a_terminal_that_lacks_the_letters_gets_substitutes(tmp_path):
     assert str(version.version) == "1"
     for script in SCRIPTS[:2]:
         process = run(script, "--csv", "таблица.csv", "--target", "ключ", **western)
-        assert_one_line(process, "table needs '????' and more columns", "'???????????', '?????'")
+        assert_one_line(process, "table needs a column '????' (--target)", "'???????????', '?????'")
 
 
 ROWS = {"x": range(60), "y": ["a", "b"] * 30}
@@ -225,8 +225,12 @@ UNUSABLE = {
     "empty": ("", "y", "No columns"),
     "not a table": ("y\n1\n1,2\n", "y", "Expected 1 fields in line 3"),
     "not text": (b"\x89PNG", "y", "can't decode"),
-    "unknown target": (ROWS, "z", "table needs 'z' and more columns, but has 'x', 'y'"),
-    "no features": ({"y": ["a", "b"] * 30}, "y", "table needs 'y' and more columns, but has 'y'"),
+    "unknown target": (ROWS, "z", "a column 'z' (--target) and others beside it, but has 'x', 'y'"),
+    "no features": (
+        {"y": ["a", "b"] * 30},
+        "y",
+        "a column 'y' (--target) and others beside it, but has 'y'",
+    ),
     "infinite": (ROWS | {"z": [-np.inf, *range(59)]}, "y", "column 'z' has infinite numbers"),
     "one class": (ROWS | {"y": "a"}, "y", "'y' needs 2 or more classes"),
     "a rare class": (ROWS | {"y": ["a"] * 54 + ["b"] * 6}, "y", "7 or more rows"),
@@ -250,7 +254,7 @@ def test_a_file_that_cannot_be_used_is_named_and_leaves_nothing(case, tmp_path, 
     write_table(tmp_path / "table.csv", content)
     monkeypatch.chdir(tmp_path)
     for script in MODULES:
-        with pytest.raises(script.UserError, match=words.replace("?", r"\?")):
+        with pytest.raises(script.UserError, match=re.escape(words)):
             script.main(["--csv", "table.csv", "--target", target])
     assert set(os.listdir(tmp_path)) <= {"table.csv"}
 
