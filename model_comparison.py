@@ -142,20 +142,20 @@ def main(argv=None):
         candidates["tuned_forest"] = load_tuned_forest(args.tuned, train, SEED)
 
     folds = make_folds(train, FOLDS, REPEATS, SEED)
-    repeats = f"{len(folds) // FOLDS} repeats of {FOLDS} folds"
-    print(f"{len(candidates)} candidates on {len(folds)} folds each ({repeats})", flush=True)
+    print(f"{len(candidates)} candidates on {len(folds) // FOLDS} x {FOLDS} folds each", flush=True)
     with mlflow.start_run(run_name="comparison") as comparison:
         comparison_id = comparison.info.run_id
         log_rows(training=train, testing=test)
+
         deciding_metric = {metric: METRICS[metric]}
         baseline = score_folds(DummyClassifier(), train.X, train.y, folds, deciding_metric)
         # A row for each fold. Each candidate adds a column.
         fold_scores = pd.DataFrame({"baseline": baseline[metric]})
+
         with start_scoring(candidates, folds, train, METRICS) as (results, expected_seconds):
             for result in show_progress(results, expected_seconds, metric):
                 params = candidates[result.name].get_params()
-                succeeded = log_candidate(result, params, train, test, METRICS, TRUSTED)
-                if succeeded:
+                if log_candidate(result, params, train, test, METRICS, TRUSTED):
                     fold_scores[result.name] = result.scores[metric]
 
         models = find_best_models(experiment_id, comparison_id, metric, train)
@@ -163,7 +163,7 @@ def main(argv=None):
             raise Refused("every candidate failed; the tag `error` of its run says why")
 
         log_probabilities(models, fold_scores, ROPE, RISK, FOLDS)
-        # The workers are quiet by now, so these are the times of the models alone.
+        # No fit is running any more, so these are the times of the models alone.
         log_serving_costs(models, train, SEED)
 
         # Ask again, now for runs, with the probabilities and costs that have been logged since.

@@ -106,8 +106,9 @@ def test_main_comes_first_and_its_steps_in_the_order_of_the_story(script):
         name for name, node in definitions(script).items() if node.lineno < functions["main"].lineno
     ]
     assert before == ["UserError", "Refused"]
-    # Aside stand two other commands, and the check of a model that several steps need.
-    aside = {"deploy", "roll_back", "print_history", "load_checked"}
+    # Aside stand two other commands, and the checks of a model: one may skip them at first.
+    checks = {"load_checked", "check_skops", "check_logged_model"}
+    aside = {"deploy", "roll_back", "print_history", *checks}
     story = [functions[name] for name in ("main", "deploy") if name in functions]
     steps = [
         functions[name].lineno
