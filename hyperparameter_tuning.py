@@ -177,7 +177,7 @@ def make_trials(grid):
     unknown = set(grid) - set(RandomForestClassifier().get_params())
     if unknown:
         raise UserError(f"PARAM_GRID: a random forest has no {', '.join(sorted(unknown))}")
-    # NumPy's numbers become Python's: "0.1" can be read back from MLflow, "np.float64(0.1)" not.
+    # They are read back from MLflow: "0.1" can be, NumPy's "np.float64(0.1)" cannot.
     lists = {name: [to_python(value) for value in values] for name, values in grid.items()}
     combinations = ParameterGrid(lists)
     return {f"trial-{number:04}": params for number, params in enumerate(combinations, start=1)}
@@ -265,8 +265,8 @@ def start_trials(trials, train, metric, score, n_folds, seed):
     At the end of the `with` block, anything still running is stopped.
     """
     options = {"metric": metric, "score": score, "n_folds": n_folds, "seed": seed}
-    # The last trials of this grid take longest. They start first: at the end, one core would be
-    # busy with them while the others idle.
+    # The last trials of this grid take longest. They start first: at the end, one core would
+    # be busy with them while the others idle.
     tasks = [
         delayed(try_trial)(name, trials[name], train.X, train.y, **options)
         for name in reversed(trials)
@@ -302,7 +302,7 @@ def run_trial(params, X, y, metric, score, n_folds, seed):
     with parallel_config("sequential"):
         results = cross_validate(model, X, y, cv=folds, scoring=scorer, error_score="raise")
     return {
-        # Rounded, so that equal scores are equal: sums in another order differ in their last bits.
+        # Rounded, so that equal scores tie: sums in another order differ in their last bits.
         f"cv_{metric}": results["test_score"].mean().round(12),
         f"cv_{metric}_std": results["test_score"].std(),
         "fit_seconds": results["fit_time"].mean(),
@@ -518,8 +518,8 @@ def run_in_parallel(tasks, return_as):
     At the end of the `with` block, anything still running is stopped.
     """
     before = multiprocessing.active_children()
-    # The workers inherit this: they leave Ctrl-C to this process, which stops them. While they
-    # start, Ctrl-C is lost.
+    # The workers inherit this: they leave Ctrl-C to this process, which stops them. While
+    # they start, Ctrl-C is lost.
     ctrl_c = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         results = Parallel(n_jobs=-1, return_as=return_as)(tasks)
@@ -607,7 +607,7 @@ def read_table(csv):
 
 
 def point_out_missing_classes(csv, labels):
-    """Print the words that pandas takes for a missing class. "None" may be meant as a class."""
+    """Print the words that pandas takes for a missing class. One may be meant as a class."""
     if csv is None or not Path(csv).is_file():
         return
     text = pd.read_csv(csv, dtype=str, keep_default_na=False)[labels.name]
@@ -629,7 +629,7 @@ def check_labels(labels, min_rows=7):
 
 
 def check_features(features):
-    """Raise UserError if a number is infinite. Point out columns that may only identify a row."""
+    """Raise UserError if a number is infinite. Point out columns that may identify a row."""
     numbers = features.select_dtypes("number")
     infinite = numbers.columns[np.isinf(numbers).any()]
     if len(infinite):
@@ -648,7 +648,7 @@ def make_rows(X, y, name):
     """Return Rows with an MLflow data set of this name."""
     quieten_mlflow()
     table = pd.concat([X, y], axis="columns")
-    # MLflow's own digest leaves out the rows after the first 10,000, and text columns with gaps.
+    # MLflow's own digest leaves out rows after the first 10,000, and text columns with gaps.
     row_hashes = pd.util.hash_pandas_object(table).to_numpy()
     content = str(list(table)).encode() + row_hashes.tobytes()
     digest = hashlib.sha256(content).hexdigest()[:8]
@@ -728,14 +728,14 @@ def open_store(experiment):
     quieten_mlflow()
 
     uri = mlflow.get_tracking_uri()
-    # Later calls are retried for about a minute, as a server may restart. Those below are not.
+    # Later calls are retried for a minute, as a server may restart. Those below are not.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "5")
     try:
         with impatient_requests(), one_process_at_a_time(uri):
             connect_once(uri)
             mlflow.set_experiment(experiment)
-            # Twice: if another process makes it at the same moment, the first call returns it,
-            # but does not select it.
+            # Twice: if another process makes it at the same moment, the first call returns
+            # it, but does not select it.
             return mlflow.set_experiment(experiment).experiment_id
     except Exception as error:
         message = f"cannot open the store {uri} (down, locked, full, or a wrong login?): {error}"

@@ -1,4 +1,4 @@
-"""Compare four classifiers with MLflow: which is best, how certain is it, what does each cost?
+"""Compare four classifiers with MLflow: which is best, how certain is it, what do they cost?
 
 All are scored on the same folds, a 5-fold cross-validation that is repeated 30 times, on the
 training part of scikit-learn's breast cancer data. The script then asks MLflow for the best
@@ -88,14 +88,14 @@ EXPERIMENT = "model-comparison"
 SEED = 42  # for the split, the folds, the models and the rows that are timed
 TEST_SIZE = 0.2  # share of the rows held out: not used to choose a model
 FOLDS = 5
-# The folds are shuffled anew this many times, so that the scores hardly depend on how. A large
-# table needs fewer: see make_folds.
+# The folds are shuffled anew this many times, so that the scores hardly depend on how. A
+# large table needs fewer: see make_folds.
 REPEATS = 30
 
 # Region of practical equivalence: a difference of up to this does not matter.
 ROPE = 0.01
 # The recommended model may be worse than the best by more than ROPE with at most this
-# probability, and may fail to beat the baseline with at most this one. The verdicts use it too.
+# probability, and fail to beat the baseline with at most this one. The verdicts use it, too.
 RISK = 0.2
 # Latencies up to this many times the lowest count as equal.
 NOISE = 1.1
@@ -166,7 +166,7 @@ def main(argv=None):
         # No fit is running any more, so these are the times of the models alone.
         log_serving_costs(models, train, SEED)
 
-        # Ask again, now for runs, with the probabilities and costs that have been logged since.
+        # Ask again, now for runs, with the probabilities and costs logged since.
         runs = load_runs(experiment_id, comparison_id, metric)
         recommended = recommend(runs, RISK, NOISE)
         log_choice(runs, recommended, fold_scores, metric, train)
@@ -275,8 +275,8 @@ class Result(NamedTuple):
 def start_scoring(candidates, folds, train, metrics):
     """Score the candidates on all cores.
 
-    Yields two: an iterator over their Results, in the same order, and the seconds that each is
-    likely to take, by name. At the end of the `with` block, anything still running is stopped.
+    Yields two: an iterator over their Results, in the same order, and the seconds that each
+    is likely to take, by name. At the end of the `with` block, what still runs is stopped.
     """
     models = {name: add_preprocessing(model, train.X) for name, model in candidates.items()}
     first_fold, *other_folds = folds
@@ -285,8 +285,8 @@ def start_scoring(candidates, folds, train, metrics):
     # each comes first, to estimate the time that the others take.
     tasks = [score_task(model, train, first_fold, metrics) for model in models.values()]
     for model in models.values():
-        # The fit on all rows takes longest, so it goes first: at the end of the queue, it would
-        # keep one core busy while the others idle.
+        # The fit on all rows takes longest, so it goes first: at the end of the queue, it
+        # would keep one core busy while the others idle.
         tasks.append(delayed(attempt)(model.fit, train.X, train.y))
         tasks += [score_task(model, train, fold, metrics) for fold in other_folds]
 
@@ -304,7 +304,7 @@ def score_task(model, train, fold, metrics):
 
 
 def attempt(function, *args):
-    """Return the function's result, or the exception that it raises: so the other tasks go on."""
+    """Return what the function returns or the exception that it raises, so that others go on."""
     try:
         return function(*args)
     except Exception as error:
@@ -327,7 +327,7 @@ def collect_results(first_scores, outcomes, n_others):
 
 
 def estimate_seconds(first_scores, n_fits):
-    """Return how long each candidate takes on all cores, if all fits take as long as its first."""
+    """Return how long each candidate takes on all cores, if its fits take as long as the first."""
     seconds = {}
     for name, scores in first_scores.items():
         failed = isinstance(scores, Exception)
@@ -393,7 +393,7 @@ def summarize_folds(scores):
     """Return mean (cv_METRIC) and deviation (cv_METRIC_std) of the folds, and fit_seconds."""
     summary = {"fit_seconds": scores["fit_seconds"].mean()}
     for metric in scores.columns.drop("fit_seconds"):
-        # Rounded, so that equal scores are equal: sums in another order differ in their last bits.
+        # Rounded, so that equal scores tie: sums in another order differ in their last bits.
         summary[f"cv_{metric}"] = round(scores[metric].mean(), 12)
         summary[f"cv_{metric}_std"] = scores[metric].std(ddof=0)
     return summary
@@ -459,7 +459,7 @@ def posterior_of_mean(differences, n_folds):
     """
     n = len(differences)
     variance = differences.var(ddof=1) * (1 / n + 1 / (n_folds - 1))
-    # The best differs from itself by zero on all folds. For a scale of zero, SciPy returns NaN.
+    # The best differs from itself by zero on all folds, and SciPy has no scale of zero.
     return stats.t(df=n - 1, loc=differences.mean(), scale=max(variance**0.5, 1e-12))
 
 
@@ -474,8 +474,8 @@ def say_verdict(p, is_best, risk):
         return f"worse, {p['p_worse']:.0%}"
     if p["p_worse"] >= 1 - risk:
         return f"probably worse, {p['p_worse']:.0%}"
-    # No mean is above that of the best, so that P(better) is at most P(worse). The rest, which
-    # is most, is P(equivalent).
+    # No mean is above that of the best, so that P(better) is at most P(worse). The rest,
+    # which is most, is P(equivalent).
     if p["p_worse"] <= risk:
         return f"practically the same, {p['p_equivalent']:.0%}"
     return f"undecided, P(worse) = {p['p_worse']:.0%}"
@@ -493,8 +493,8 @@ def log_serving_costs(models, train, seed):
 def measure_serving_cost(served, X, seed):
     """Return latency and throughput on one core, and size, of a model as MLflow serves it.
 
-    `served` comes from mlflow.pyfunc.load_model: such a model checks each row before it predicts.
-    The latency is that of predict() for one row, in this process: without HTTP.
+    `served` comes from mlflow.pyfunc.load_model: such a model checks each row before it
+    predicts. The latency is that of predict() for one row, in this process: without HTTP.
     """
     row = X.head(1)
     batch = X.sample(10_000, replace=True, random_state=seed)
@@ -713,8 +713,8 @@ def run_in_parallel(tasks, return_as):
     At the end of the `with` block, anything still running is stopped.
     """
     before = multiprocessing.active_children()
-    # The workers inherit this: they leave Ctrl-C to this process, which stops them. While they
-    # start, Ctrl-C is lost.
+    # The workers inherit this: they leave Ctrl-C to this process, which stops them. While
+    # they start, Ctrl-C is lost.
     ctrl_c = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         results = Parallel(n_jobs=-1, return_as=return_as)(tasks)
@@ -802,7 +802,7 @@ def read_table(csv):
 
 
 def point_out_missing_classes(csv, labels):
-    """Print the words that pandas takes for a missing class. "None" may be meant as a class."""
+    """Print the words that pandas takes for a missing class. One may be meant as a class."""
     if csv is None or not Path(csv).is_file():
         return
     text = pd.read_csv(csv, dtype=str, keep_default_na=False)[labels.name]
@@ -824,7 +824,7 @@ def check_labels(labels, min_rows=7):
 
 
 def check_features(features):
-    """Raise UserError if a number is infinite. Point out columns that may only identify a row."""
+    """Raise UserError if a number is infinite. Point out columns that may identify a row."""
     numbers = features.select_dtypes("number")
     infinite = numbers.columns[np.isinf(numbers).any()]
     if len(infinite):
@@ -843,7 +843,7 @@ def make_rows(X, y, name):
     """Return Rows with an MLflow data set of this name."""
     quieten_mlflow()
     table = pd.concat([X, y], axis="columns")
-    # MLflow's own digest leaves out the rows after the first 10,000, and text columns with gaps.
+    # MLflow's own digest leaves out rows after the first 10,000, and text columns with gaps.
     row_hashes = pd.util.hash_pandas_object(table).to_numpy()
     content = str(list(table)).encode() + row_hashes.tobytes()
     digest = hashlib.sha256(content).hexdigest()[:8]
@@ -923,14 +923,14 @@ def open_store(experiment):
     quieten_mlflow()
 
     uri = mlflow.get_tracking_uri()
-    # Later calls are retried for about a minute, as a server may restart. Those below are not.
+    # Later calls are retried for a minute, as a server may restart. Those below are not.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "5")
     try:
         with impatient_requests(), one_process_at_a_time(uri):
             connect_once(uri)
             mlflow.set_experiment(experiment)
-            # Twice: if another process makes it at the same moment, the first call returns it,
-            # but does not select it.
+            # Twice: if another process makes it at the same moment, the first call returns
+            # it, but does not select it.
             return mlflow.set_experiment(experiment).experiment_id
     except Exception as error:
         message = f"cannot open the store {uri} (down, locked, full, or a wrong login?): {error}"

@@ -1,9 +1,9 @@
 """Take a model to production with MLflow: register, stage, validate, promote, predict, roll back.
 
-A scaled logistic regression is trained on scikit-learn's breast cancer data and registered (or,
-with --model-uri, a model that one of these scripts has logged). The new version gets the alias
-`staging`. It is loaded back and must pass a gate on the hold-out, where it is also compared with
-the version in production. Only then does the alias `production` move to it.
+A scaled logistic regression is trained on scikit-learn's breast cancer data and registered
+(or, with --model-uri, a model that one of these scripts has logged). The new version gets the
+alias `staging`. It is loaded back and must pass a gate on the hold-out, where it is also
+compared with the version in production. Only then does the alias `production` move to it.
 
     python production_deployment.py
     python production_deployment.py --model-uri runs:/RUN_ID/model
@@ -19,9 +19,9 @@ It leaves this in the store (sqlite:///mlflow.db, or MLFLOW_TRACKING_URI where t
     registered model breast-cancer-classifier
     └── version 1, 2, …     with its verdict; aliases staging, production and previous
 
-Exit code 0: promoted, rolled back, or history printed. 1: refused, or an unexpected error (with
-its traceback). 2: bad input, or a store that fails. 130: Ctrl-C. `production` does not move when a
-model is refused; after other errors, --history shows whether it moved.
+Exit code 0: promoted, rolled back, or history printed. 1: refused, or an unexpected error
+(with its traceback). 2: bad input, or a store that fails. 130: Ctrl-C. `production` does not
+move when a model is refused; after other errors, --history shows whether it moved.
 """
 
 # /// script
@@ -336,7 +336,7 @@ def compare_with_history(experiment_id, name, metric, test, candidate_score):
 
 
 def probability_of_loss(y, predicted, champion_predicted, score, tolerance, seed, draws=1000):
-    """Return how probable it is that a candidate is worse than a champion by more than `tolerance`.
+    """Return how probable it is that a candidate is worse by more than `tolerance`.
 
     A paired bootstrap (Efron and Tibshirani, An Introduction to the Bootstrap, 1993): both
     are scored on the same rows, which are drawn anew, with replacement, `draws` times. As
@@ -552,7 +552,7 @@ def promote(name, version, replaces, outcome="promoted"):
     mlflow.set_tag("outcome", "unfinished")  # what --history shows if this process is killed here
     if replaces is not None:
         # If the process is killed between the two set_alias, both aliases point at this old
-        # version. previous_version() then follows its tag `replaces`, one version further back.
+        # version. previous_version() then follows the tag `replaces` of this old version.
         client.set_model_version_tag(name, version, "replaces", replaces)
         client.set_model_version_tag(name, replaces, "was_in_production", "yes")
         set_alias(name, "previous", replaces)
@@ -655,8 +655,8 @@ def predict_with_production(name, test, trusted_types):
 def roll_back(experiment_id, name, to):
     """Put an earlier version back into production: `to` is its number, or "previous".
 
-    A second rollback to "previous" undoes the first. A rollback skips the gate. Raises UserError
-    if the version is in production already, or has never been.
+    A second rollback to "previous" undoes the first. A rollback skips the gate. Raises
+    UserError if the version is in production already, or has never been.
     """
     aliases = get_aliases(name)
     current = aliases.get("production")
@@ -747,8 +747,8 @@ def check_logged_model(model_uri, train, trusted_types):
     check_predictions(model, model_uri, train)
     model_id = model.model_id
     logged = mlflow.get_logged_model(model_id)  # raises an error if this store does not have it
-    # This ID is from the model's own files, which could name another model. So compare it with
-    # the URI, which holds a model ID (models:/m-…) or the ID of its run (runs:/…).
+    # This ID is from the model's own files, which could name another model. So compare it
+    # with the URI, which holds a model ID (models:/m-…) or the ID of its run (runs:/…).
     if model_uri.startswith(("models:/m-", "runs:/")):
         id_in_uri = model_uri.split("/")[1]
         if id_in_uri not in (model_id, logged.source_run_id):
@@ -757,12 +757,12 @@ def check_logged_model(model_uri, train, trusted_types):
         print("Note: the model's training rows are unknown; if it has seen the hold-out, its score")
         print("      is too good", flush=True)
     if trained_on_other_rows(model_id, train):
-        raise Refused(f"{model_uri} was trained on other rows, perhaps on those of the hold-out")
+        raise Refused(f"{model_uri} was trained on other rows, perhaps on the hold-out")
     return model_id
 
 
 def check_predictions(model, model_uri, train):
-    """Raise UnusableModel unless a model predicts, and only classes that occur in training."""
+    """Raise UnusableModel unless a model predicts, and only classes of the training rows."""
     try:
         predicted = set(model.predict(train.X.head()))
     except Exception as error:
@@ -840,7 +840,7 @@ def training_digests(model_id):
         if error.error_code == "RESOURCE_DOES_NOT_EXIST":  # it was deleted
             return set()
         raise
-    # The context is "training" if log_rows has logged it, and "train" if MLflow's autologging has.
+    # The context is "training" from log_rows, and "train" from MLflow's autologging.
     return {
         dataset_input.dataset.digest
         for dataset_input in run.inputs.dataset_inputs
@@ -987,7 +987,7 @@ def read_table(csv):
 
 
 def point_out_missing_classes(csv, labels):
-    """Print the words that pandas takes for a missing class. "None" may be meant as a class."""
+    """Print the words that pandas takes for a missing class. One may be meant as a class."""
     if csv is None or not Path(csv).is_file():
         return
     text = pd.read_csv(csv, dtype=str, keep_default_na=False)[labels.name]
@@ -1009,7 +1009,7 @@ def check_labels(labels, min_rows=7):
 
 
 def check_features(features):
-    """Raise UserError if a number is infinite. Point out columns that may only identify a row."""
+    """Raise UserError if a number is infinite. Point out columns that may identify a row."""
     numbers = features.select_dtypes("number")
     infinite = numbers.columns[np.isinf(numbers).any()]
     if len(infinite):
@@ -1028,7 +1028,7 @@ def make_rows(X, y, name):
     """Return Rows with an MLflow data set of this name."""
     quieten_mlflow()
     table = pd.concat([X, y], axis="columns")
-    # MLflow's own digest leaves out the rows after the first 10,000, and text columns with gaps.
+    # MLflow's own digest leaves out rows after the first 10,000, and text columns with gaps.
     row_hashes = pd.util.hash_pandas_object(table).to_numpy()
     content = str(list(table)).encode() + row_hashes.tobytes()
     digest = hashlib.sha256(content).hexdigest()[:8]
@@ -1108,14 +1108,14 @@ def open_store(experiment):
     quieten_mlflow()
 
     uri = mlflow.get_tracking_uri()
-    # Later calls are retried for about a minute, as a server may restart. Those below are not.
+    # Later calls are retried for a minute, as a server may restart. Those below are not.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "5")
     try:
         with impatient_requests(), one_process_at_a_time(uri):
             connect_once(uri)
             mlflow.set_experiment(experiment)
-            # Twice: if another process makes it at the same moment, the first call returns it,
-            # but does not select it.
+            # Twice: if another process makes it at the same moment, the first call returns
+            # it, but does not select it.
             return mlflow.set_experiment(experiment).experiment_id
     except Exception as error:
         message = f"cannot open the store {uri} (down, locked, full, or a wrong login?): {error}"
