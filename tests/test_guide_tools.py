@@ -206,11 +206,13 @@ def test_the_docker_context_is_built_step_by_step_and_serves(deployed):
     assert f"\nFROM python:{platform.python_version()}-slim\n" in dockerfile
     *steps, entrypoint = steps_of(dockerfile, context)
 
-    python = [f"{sys.executable} -m venv /image", "PATH=/image/bin:/usr/sbin:/usr/bin:/sbin:/bin"]
+    make_image = f"{shlex.quote(sys.executable)} -m venv /image"
+    python = [make_image, "PATH=/image/bin:/usr/sbin:/usr/bin:/sbin:/bin"]
     if os.environ.get("GUIDE_DOCKER") != "1":
-        here = Path(mlflow.__file__).parent.parent
+        here = shlex.quote(str(Path(mlflow.__file__).parent.parent))
         there = f"/image/lib/python3.{sys.version_info.minor}/site-packages/here.pth"
-        python.append(f"echo {here} > {there}; PATH=$PATH:{Path(sys.executable).parent}")
+        commands_here = shlex.quote(str(Path(sys.executable).parent))
+        python.append(f"echo {here} > {there}; PATH=$PATH:{commands_here}")
     (request,) = context.rglob("serving_input_example.json")
     port = DEFAULT_NGINX_SERVER_PORT
     serve = SERVE.format(entrypoint=entrypoint, port=port, request=request)
