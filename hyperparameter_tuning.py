@@ -3,7 +3,7 @@
 27 combinations of three parameters are cross-validated on the training part of scikit-learn's
 breast cancer data. The script then asks MLflow for the best one, refits it, and scores it
 once on the hold-out. You will see that the depth of the trees matters most, and that a forest
-within one standard error of the best takes about a quarter of its time to train.
+within one standard error of the best trains in about a quarter of the best one's time.
 
     python hyperparameter_tuning.py
     python hyperparameter_tuning.py --csv customers.csv --target churned --metric f1
@@ -12,8 +12,8 @@ within one standard error of the best takes about a quarter of its time to train
 It leaves this in the store (sqlite:///mlflow.db, or MLFLOW_TRACKING_URI where that is set):
 
     experiment hyperparameter-tuning
-    └── grid-search       the best parameters and scores, grid.html, search.png, the model `model`
-        └── trial-0001    … trial-0027: parameters, cv_accuracy, cv_accuracy_std, fit_seconds
+    └── grid-search                  best parameters and scores, grid.html, search.png, `model`
+        └── trial-0001 … trial-0027  parameters, cv_accuracy, cv_accuracy_std, fit_seconds
 """
 
 # /// script
@@ -78,7 +78,7 @@ from sklearn.preprocessing import OneHotEncoder, StandardScaler
 EXPERIMENT = "hyperparameter-tuning"
 SEED = 42  # for the split, the folds and the forests
 TEST_SIZE = 0.2  # share of the rows held out: not used by any trial
-FOLDS = 5
+FOLDS = 5  # with more of them, or a larger TEST_SIZE, raise min_rows in check_labels
 
 # The values to try for each parameter.
 PARAM_GRID = {
@@ -114,7 +114,7 @@ class UserError(Exception):
 
 
 class Refused(UserError):
-    """Nothing is broken, but there is no result that should be used."""
+    """There is no result to use: a model was refused, or everything that was tried failed."""
 
     exit_code = 1
 
@@ -146,6 +146,7 @@ def main(argv=None):
             raise Refused(f"all {len(trials)} trials failed; their tag `error` says why")
 
         best = ranked.iloc[0]
+        # By the name of the run, because MLflow returns parameters as text.
         best_params = trials[best["tags.mlflow.runName"]]
         refit_best(best_params, train, test, metric, METRICS[metric], SEED, TRUSTED)
         log_grid(ranked, best_params, PARAM_GRID, metric)
@@ -177,7 +178,8 @@ def make_trials(grid):
     unknown = set(grid) - set(RandomForestClassifier().get_params())
     if unknown:
         raise UserError(f"PARAM_GRID: a random forest has no {', '.join(sorted(unknown))}")
-    # They are read back from MLflow: "0.1" can be, NumPy's "np.float64(0.1)" cannot.
+    # Python's numbers only: log_best() logs repr(value), and model_comparison.py can read
+    # "0.1" back, but not "np.float64(0.1)".
     lists = {name: [to_python(value) for value in values] for name, values in grid.items()}
     combinations = ParameterGrid(lists)
     return {f"trial-{number:04}": params for number, params in enumerate(combinations, start=1)}
@@ -201,12 +203,13 @@ def describe_search(grid, metric, n_folds, seed, train):
 def unfinished_trials(search_id, trials, settings, quiet_minutes=5):
     """Return the trials that an interrupted search still has to run.
 
-    These are the trials that were never logged, and those that failed. A trial that is still
-    RUNNING was cut short: its run is deleted, and it runs again.
+    These are the trials that were never logged, and those that failed. A child run that is
+    still RUNNING was cut short while it was logged: it is deleted, and its trial runs again.
+    The search gets the tag `resumed_at`.
 
-    Raises UserError if the search is finished or has other settings. It also does so if the
-    search is RUNNING, and was started, resumed or logged to in the last `quiet_minutes`: it
-    may still run elsewhere. If a trial takes longer than that, use more minutes.
+    Raises UserError if the search is finished, has other settings, or may still be running
+    elsewhere: its status is RUNNING, and it was started, resumed or logged to in the last
+    `quiet_minutes`. Pass more if one trial takes longer than that.
     """
     search = mlflow.get_run(search_id)
     if search.info.status == "FINISHED":
@@ -224,7 +227,7 @@ def unfinished_trials(search_id, trials, settings, quiet_minutes=5):
     last_sign = max(last_sign, float(search.data.tags.get("resumed_at", 0)))
     if search.info.status == "RUNNING" and time.time() - last_sign < 60 * quiet_minutes:
         raise UserError(
-            f"{search_id} may still run elsewhere; if not, try again in {quiet_minutes} minutes"
+            f"{search_id} may still be running; if it is not, try again in {quiet_minutes} minutes"
         )
 
     finished = set()
@@ -258,21 +261,20 @@ class TrialResult(NamedTuple):
     error: str  # empty if it did not fail
 
 
-@contextmanager
 def start_trials(trials, train, metric, score, n_folds, seed):
-    """Start the trials on all cores; yield an iterator over their results, as they finish.
+    """Start the trials on all cores, as in `with start_trials(...) as results`.
 
-    At the end of the `with` block, anything still running is stopped.
+    `results` is an iterator over their TrialResults, as they finish. At the end of the block,
+    anything still running is stopped.
     """
     options = {"metric": metric, "score": score, "n_folds": n_folds, "seed": seed}
-    # The last trials of this grid take longest. They start first: at the end, one core would
-    # be busy with them while the others idle.
+    # The last trials of this grid take longest, so they start first. Otherwise, one core
+    # would still be busy with them at the end, while the others idle.
     tasks = [
         delayed(try_trial)(name, trials[name], train.X, train.y, **options)
         for name in reversed(trials)
     ]
-    with run_in_parallel(tasks, "generator_unordered") as results:
-        yield results
+    return run_in_parallel(tasks, "generator_unordered")
 
 
 def try_trial(name, params, X, y, **options):
@@ -294,7 +296,8 @@ def run_trial(params, X, y, metric, score, n_folds, seed):
     folds = StratifiedKFold(n_folds, shuffle=True, random_state=seed)
     model = make_forest(params, X, seed)
 
-    # make_scorer fails here: it looks for a class 1, the default pos_label of f1_score.
+    # make_scorer(score) fails: it looks for a class 1, the default pos_label of f1_score, but
+    # the classes are text.
     def scorer(fitted, X_fold, y_fold):
         return score(y_fold, fitted.predict(X_fold))
 
@@ -315,7 +318,7 @@ def make_forest(params, X, seed):
 
 
 def show_progress(results, metric, total):
-    """Pass each result on, then print it and the time that is left."""
+    """Pass each result on, then print it and the time that is left, which is too high at first."""
     started = time.perf_counter()
     for done, result in enumerate(results, start=1):
         yield result  # the caller logs it
@@ -335,13 +338,13 @@ def format_params(params):
 
 
 def log_trial(result, dataset):
-    """Log a trial as a child of the active run: FAILED, with the error as a tag, if it raised."""
+    """Log a trial as a child of the active run. If it raised, it is FAILED, with a tag `error`."""
     with mlflow.start_run(run_name=result.name, nested=True):
         mlflow.log_params(result.params)
         mlflow.log_metrics(result.metrics, dataset=dataset)
         if result.error:
             mlflow.set_tag("error", result.error)
-            mlflow.end_run("FAILED")
+            mlflow.end_run("FAILED")  # otherwise, the `with` block would end it as FINISHED
 
 
 def find_best_trials(search_id, metric):
@@ -371,7 +374,7 @@ def refit_best(params, train, test, metric, score, seed, trusted_types):
 
 
 def log_grid(ranked, best_params, grid, metric):
-    """Log how much each parameter matters, where to widen the grid, and a table and a picture."""
+    """Log how much each parameter matters, where to widen the grid, and a table and picture."""
     means = mean_scores(ranked, grid, metric)
     for name, scores in means.items():
         mlflow.log_metric(f"spread_{name}", scores.max() - scores.min())
@@ -383,7 +386,7 @@ def log_grid(ranked, best_params, grid, metric):
 
 
 def mean_scores(ranked, grid, metric):
-    """Return the mean score of the trials with each value of each parameter: {name: Series}."""
+    """Return {parameter: Series}: the mean score of the trials with each of its values."""
     means = {}
     for name, values in grid.items():
         by_value = ranked.groupby(f"params.{name}")[f"metrics.cv_{metric}"].mean()
@@ -392,9 +395,9 @@ def mean_scores(ranked, grid, metric):
 
 
 def values_at_the_edge(params, grid):
-    """Return advice for each parameter whose value lies at the edge of the grid.
+    """Return {name: advice} for each parameter whose value lies at the edge of the grid.
 
-    A better value may lie beyond it. Returns {name: advice}.
+    A better value may lie beyond it.
     """
     edges = {}
     for name, values in grid.items():
@@ -456,7 +459,7 @@ def log_best(best, params, metric, train):
 def print_report(search_id, ranked, metric, grid, n_folds):
     """Print what a search found, read back from MLflow. `ranked` has the best trial first."""
     data = mlflow.get_run(search_id).data
-    print(f"\nThe five best of {len(ranked)} trials, by their mean {metric} over {n_folds} folds:")
+    print(f"\nThe best of {len(ranked)} trials, by their mean {metric} over {n_folds} folds:")
     print(format_trials(ranked.head(), grid, metric).to_string(index=False))
 
     best_params = ", ".join(f"{name}={data.params[f'best_{name}']}" for name in grid)
@@ -475,7 +478,7 @@ def print_report(search_id, ranked, metric, grid, n_folds):
     spreads = {name: data.metrics[f"spread_{name}"] for name in grid}
     by_spread = sorted(spreads, key=spreads.get, reverse=True)
     influence = ", ".join(f"{name} {spreads[name]:.4f}" for name in by_spread)
-    print(f"Influence        {influence} (range of the mean {metric} over its values)")
+    print(f"Influence        {influence} (mean {metric} of the best value minus the worst)")
     for name in grid:
         if f"edge_{name}" in data.tags:
             print(f"At the edge      {name}: {data.tags[f'edge_{name}']}")
@@ -489,11 +492,11 @@ def cheapest_within_one_standard_error(ranked, metric, n_folds):
     """Return the trial that is fastest to fit of those within one standard error of the best.
 
     `ranked` has the best trial first. The rule is that of Breiman et al., Classification and
-    Regression Trees (1984), section 3.4.3, except that theirs takes the simplest model. It
-    treats the folds as independent.
+    Regression Trees (1984), section 3.4.3, which takes the simplest model instead. The
+    standard error treats the folds as independent.
     """
     scores = ranked[f"metrics.cv_{metric}"]
-    # The logged deviation has ddof=0: over sqrt(n - 1), it equals std(ddof=1) / sqrt(n).
+    # The logged deviation has ddof=0. Divided by sqrt(n - 1), it is std(ddof=1) / sqrt(n).
     standard_error = ranked[f"metrics.cv_{metric}_std"].iloc[0] / (n_folds - 1) ** 0.5
     close = ranked[scores >= scores.iloc[0] - standard_error]
     return close.loc[close["metrics.fit_seconds"].idxmin()]
@@ -525,7 +528,7 @@ def run_in_parallel(tasks, return_as):
         results = Parallel(n_jobs=-1, return_as=return_as)(tasks)
     finally:
         signal.signal(signal.SIGINT, ctrl_c)
-    # Without psutil and `pgrep`, joblib calls worker.kill(), which fails for its workers.
+    # With neither psutil nor `pgrep`, joblib calls worker.kill(), which fails.
     for worker in set(multiprocessing.active_children()) - set(before):
         worker.kill = worker.terminate
     with warnings.catch_warnings():
@@ -538,7 +541,7 @@ def run_in_parallel(tasks, return_as):
 
 
 # The rest is the same in all three scripts, so you need to read it only once. It loads the
-# rows, logs the model, opens the store and ends the program.
+# rows, logs the model, opens the store, and turns errors and Ctrl-C into exit codes.
 
 
 class Rows(NamedTuple):
@@ -553,8 +556,8 @@ def load_data(csv=None, target="diagnosis", test_size=0.2, seed=42):
     """Load a table and split it into training rows and hold-out rows, stratified by class.
 
     The table is a CSV file with a header, or scikit-learn's breast cancer data. Rows without
-    a class are left out. Numbers and true/false become floats, which can hold gaps; text
-    stays. Returns two Rows. Raises UserError if the table or its target cannot be used.
+    a class are left out. Numbers and true/false become floats, which can be missing; text
+    stays text. Returns two Rows. Raises UserError if the table or its target cannot be used.
 
     The split is random, which is right only for rows that do not depend on each other.
     """
@@ -607,7 +610,7 @@ def read_table(csv):
 
 
 def point_out_missing_classes(csv, labels):
-    """Print the words that pandas takes for a missing class. One may be meant as a class."""
+    """Print words that pandas takes for missing, because one may be meant as a class."""
     if csv is None or not Path(csv).is_file():
         return
     text = pd.read_csv(csv, dtype=str, keep_default_na=False)[labels.name]
@@ -658,8 +661,8 @@ def make_rows(X, y, name):
 def add_preprocessing(model, X):
     """Return a pipeline of the model that takes raw rows with the columns of X.
 
-    A missing number becomes the mean of its column; then all numbers are scaled. A missing
-    text is a value of its own. A text column becomes up to 20 one-hot columns: where there
+    A missing number becomes the mean of its column; then all numbers are scaled. Missing text
+    is a category of its own. A text column becomes up to 20 one-hot columns: where there
     are more values, the rarest share one. Values not seen in training become all zeros.
     """
     numbers = make_pipeline(SimpleImputer(keep_empty_features=True), StandardScaler())
@@ -801,7 +804,7 @@ def one_process_at_a_time(uri):
 
 
 def where_to_look(experiment_id, order_by="attributes.start_time"):
-    """Return how to see the runs of an experiment in the MLflow UI, by `order_by`, descending."""
+    """Return how to open the runs of an experiment in the MLflow UI, the highest first."""
     uri = mlflow.get_tracking_uri()
     page = f"#/experiments/{experiment_id}/runs?workflowType=machine_learning"
     page += f"&orderByKey={quote(order_by)}&orderByAsc=false"
@@ -837,7 +840,7 @@ def run_as_program(main):
     """Run `main` and return an exit code; errors that the user can fix become one line on stderr.
 
     0: done. 1: refused. 2: bad input, or a store that fails. 130: Ctrl-C. An unexpected error
-    keeps its traceback, with which Python ends in 1 as well.
+    keeps its traceback, and Python then exits with 1, too.
     """
     signal.signal(signal.SIGINT, interrupt_after_mlflow_call)
     for stream in (sys.stdout, sys.stderr):

@@ -127,7 +127,7 @@ class UserError(Exception):
 
 
 class Refused(UserError):
-    """Nothing is broken, but there is no result that should be used."""
+    """There is no result to use: a model was refused, or everything that was tried failed."""
 
     exit_code = 1
 
@@ -285,7 +285,7 @@ def start_scoring(candidates, folds, train, metrics):
     # each comes first, to estimate the time that the others take.
     tasks = [score_task(model, train, first_fold, metrics) for model in models.values()]
     for model in models.values():
-        # The fit on all rows takes longest, so it goes first: at the end of the queue, it
+        # The fit on all rows takes longest, so it goes first. At the end of the queue, it
         # would keep one core busy while the others idle.
         tasks.append(delayed(attempt)(model.fit, train.X, train.y))
         tasks += [score_task(model, train, fold, metrics) for fold in other_folds]
@@ -720,7 +720,7 @@ def run_in_parallel(tasks, return_as):
         results = Parallel(n_jobs=-1, return_as=return_as)(tasks)
     finally:
         signal.signal(signal.SIGINT, ctrl_c)
-    # Without psutil and `pgrep`, joblib calls worker.kill(), which fails for its workers.
+    # With neither psutil nor `pgrep`, joblib calls worker.kill(), which fails.
     for worker in set(multiprocessing.active_children()) - set(before):
         worker.kill = worker.terminate
     with warnings.catch_warnings():
@@ -733,7 +733,7 @@ def run_in_parallel(tasks, return_as):
 
 
 # The rest is the same in all three scripts, so you need to read it only once. It loads the
-# rows, logs the model, opens the store and ends the program.
+# rows, logs the model, opens the store, and turns errors and Ctrl-C into exit codes.
 
 
 class Rows(NamedTuple):
@@ -748,8 +748,8 @@ def load_data(csv=None, target="diagnosis", test_size=0.2, seed=42):
     """Load a table and split it into training rows and hold-out rows, stratified by class.
 
     The table is a CSV file with a header, or scikit-learn's breast cancer data. Rows without
-    a class are left out. Numbers and true/false become floats, which can hold gaps; text
-    stays. Returns two Rows. Raises UserError if the table or its target cannot be used.
+    a class are left out. Numbers and true/false become floats, which can be missing; text
+    stays text. Returns two Rows. Raises UserError if the table or its target cannot be used.
 
     The split is random, which is right only for rows that do not depend on each other.
     """
@@ -802,7 +802,7 @@ def read_table(csv):
 
 
 def point_out_missing_classes(csv, labels):
-    """Print the words that pandas takes for a missing class. One may be meant as a class."""
+    """Print words that pandas takes for missing, because one may be meant as a class."""
     if csv is None or not Path(csv).is_file():
         return
     text = pd.read_csv(csv, dtype=str, keep_default_na=False)[labels.name]
@@ -853,8 +853,8 @@ def make_rows(X, y, name):
 def add_preprocessing(model, X):
     """Return a pipeline of the model that takes raw rows with the columns of X.
 
-    A missing number becomes the mean of its column; then all numbers are scaled. A missing
-    text is a value of its own. A text column becomes up to 20 one-hot columns: where there
+    A missing number becomes the mean of its column; then all numbers are scaled. Missing text
+    is a category of its own. A text column becomes up to 20 one-hot columns: where there
     are more values, the rarest share one. Values not seen in training become all zeros.
     """
     numbers = make_pipeline(SimpleImputer(keep_empty_features=True), StandardScaler())
@@ -996,7 +996,7 @@ def one_process_at_a_time(uri):
 
 
 def where_to_look(experiment_id, order_by="attributes.start_time"):
-    """Return how to see the runs of an experiment in the MLflow UI, by `order_by`, descending."""
+    """Return how to open the runs of an experiment in the MLflow UI, the highest first."""
     uri = mlflow.get_tracking_uri()
     page = f"#/experiments/{experiment_id}/runs?workflowType=machine_learning"
     page += f"&orderByKey={quote(order_by)}&orderByAsc=false"
@@ -1032,7 +1032,7 @@ def run_as_program(main):
     """Run `main` and return an exit code; errors that the user can fix become one line on stderr.
 
     0: done. 1: refused. 2: bad input, or a store that fails. 130: Ctrl-C. An unexpected error
-    keeps its traceback, with which Python ends in 1 as well.
+    keeps its traceback, and Python then exits with 1, too.
     """
     signal.signal(signal.SIGINT, interrupt_after_mlflow_call)
     for stream in (sys.stdout, sys.stderr):

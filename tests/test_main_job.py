@@ -228,7 +228,7 @@ def test_tuning_scores_are_those_of_scikit_learn_and_the_best_wins(main_job, row
         half = sorted(trial.info.end_time for trial in trials.values())[13] - search.info.start_time
         assert len(left) == 27 and left[-1] == 0
         assert abs(left[13] - half / 1000 * 13 / 14) < 3
-        table = printed.split("The five best of 27")[1].split("\n")[2:7]
+        table = printed.split("The best of 27")[1].split("\n")[2:7]
         for line, (name, trial) in zip(table, ranked[:5], strict=True):
             score = "{cv_accuracy:.4f} ± {cv_accuracy_std:.4f}".format(**trial.data.metrics)
             fit = f"{trial.data.metrics['fit_seconds']:.3f} s"

@@ -713,7 +713,7 @@ def test_of_two_who_resume_a_search_the_second_is_refused(folder):
     search_id = client.create_run(experiment, run_name="grid-search").info.run_id
     an_hour_passes(folder)
     assert tuning.unfinished_trials(search_id, {"trial-0001": {}}, {}) == {"trial-0001": {}}
-    with pytest.raises(tuning.UserError, match="may still run elsewhere"):
+    with pytest.raises(tuning.UserError, match="may still be running"):
         tuning.unfinished_trials(search_id, {"trial-0001": {}}, {})
 
 
