@@ -478,7 +478,7 @@ def print_report(search_id, ranked, metric, grid, n_folds):
     spreads = {name: data.metrics[f"spread_{name}"] for name in grid}
     by_spread = sorted(spreads, key=spreads.get, reverse=True)
     influence = ", ".join(f"{name} {spreads[name]:.4f}" for name in by_spread)
-    print(f"Influence        {influence} (mean {metric} of the best value minus the worst)")
+    print(f"Influence        {influence} (mean {metric}, best value minus worst)")
     for name in grid:
         if f"edge_{name}" in data.tags:
             print(f"At the edge      {name}: {data.tags[f'edge_{name}']}")
@@ -614,7 +614,7 @@ def point_out_missing_classes(csv, labels):
     if csv is None or not Path(csv).is_file():
         return
     text = pd.read_csv(csv, dtype=str, keep_default_na=False)[labels.name]
-    for word in sorted(set(text[labels.isna()]) - {""}):
+    for word in sorted(set(text[labels.isna().to_numpy()]) - {""}):
         print(f"Note: {word!r} counts as a missing {labels.name!r}; if it is a class, rename it")
 
 

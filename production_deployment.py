@@ -991,7 +991,7 @@ def point_out_missing_classes(csv, labels):
     if csv is None or not Path(csv).is_file():
         return
     text = pd.read_csv(csv, dtype=str, keep_default_na=False)[labels.name]
-    for word in sorted(set(text[labels.isna()]) - {""}):
+    for word in sorted(set(text[labels.isna().to_numpy()]) - {""}):
         print(f"Note: {word!r} counts as a missing {labels.name!r}; if it is a class, rename it")
 
 

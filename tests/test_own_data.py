@@ -298,6 +298,11 @@ def test_words_that_count_as_a_missing_class_are_named(tmp_path, capsys):
             f"Note: '{word}' counts as a missing 'y'; if it is a class, rename it"
             for word in ("NA", "None")
         ]
+    # Rows with a field more than the header: pandas takes their first one for an index.
+    rows = "".join(f"{i},0.5,{word}\n" for i, word in enumerate(table["y"]))
+    write_table(tmp_path / "index.csv", f"x,y\n{rows}")
+    model_comparison.load_data(tmp_path / "index.csv", "y")
+    assert "Note: 'None' counts" in capsys.readouterr().out
     write_table(tmp_path / "empty.csv", table | {"y": ["a"] * 28 + [""] * 4 + ["b"] * 28})
     model_comparison.load_data(tmp_path / "empty.csv", "y")
     assert "Note" not in capsys.readouterr().out
