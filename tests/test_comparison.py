@@ -29,6 +29,7 @@ from conftest import (
     store,
     user_env,
 )
+from joblib import cpu_count
 from matplotlib.figure import Figure
 from sklearn.base import clone
 from sklearn.datasets import load_breast_cancer, make_classification
@@ -288,6 +289,31 @@ def test_what_risk_and_noise_are_is_up_to_the_caller():
     ranked = candidates_like(latency_ms_p50=[3.0, 2.0, 1.8], p_worse=[0, 0.1, 0.3])
     for risk, noise, name in [(0.05, 1.1, "a"), (0.1, 1.1, "b"), (0.3, 1.1, "c"), (0.3, 1.2, "b")]:
         assert script.recommend(ranked, risk, noise)["tags.mlflow.runName"] == name
+
+
+@pytest.mark.parametrize(
+    ("recommended", "reason"),
+    [("a", "the best; no model"), ("b", "the fastest"), ("none", "the best is not shown")],
+)
+def test_the_report_says_why_a_model_is_recommended(recommended, reason, tmp_path, capsys):
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/report.db")
+    try:
+        experiment_id = mlflow.MlflowClient().create_experiment("report", str(tmp_path))
+        with mlflow.start_run(experiment_id=experiment_id) as run:
+            mlflow.log_params({"best_model": "a", "recommended_model": recommended})
+            mlflow.log_metrics({"best_cv_accuracy": 0.9, "baseline_cv_accuracy": 0.5})
+        failed = {"tags.mlflow.runName": "a", "status": "FAILED", "tags.error": "any"}
+        script.print_report(run.info.run_id, pd.DataFrame([failed]), "accuracy", 0.01)
+    finally:
+        mlflow.set_tracking_uri(before)
+    assert f"\nRecommended  {recommended}: {reason}" in capsys.readouterr().out
+
+
+def test_the_expected_time_is_that_of_all_folds_on_all_cores():
+    first = {"slow": {"fit_seconds": 2.0}, "failed": ValueError(), "fast": {"fit_seconds": 0.5}}
+    seconds = script.estimate_seconds(first, 150)
+    assert seconds == {"slow": 300 / cpu_count(), "failed": 0, "fast": 75 / cpu_count()}
 
 
 def test_costs_and_recommendation(sessions):
