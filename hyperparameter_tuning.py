@@ -2,8 +2,8 @@
 
 27 combinations of three parameters are cross-validated on the training part of scikit-learn's
 breast cancer data. The script then asks MLflow for the best one, refits it, and scores it
-once on the hold-out. You will see that the depth of the trees matters most, and that a forest
-within one standard error of the best trains in about a quarter of the best one's time.
+once on the hold-out. You will see that in this grid the depth of the trees matters most, and
+that a forest within one standard error of the best trains in about a quarter of its time.
 
     python hyperparameter_tuning.py
     python hyperparameter_tuning.py --csv customers.csv --target churned --metric f1
@@ -12,8 +12,8 @@ within one standard error of the best trains in about a quarter of the best one'
 It leaves this in the store (sqlite:///mlflow.db, or MLFLOW_TRACKING_URI where that is set):
 
     experiment hyperparameter-tuning
-    └── grid-search                  best parameters and scores, grid.html, search.png, `model`
-        └── trial-0001 … trial-0027  parameters, cv_accuracy, cv_accuracy_std, fit_seconds
+        run grid-search                 best trial and its scores, search.png, the model `model`
+            run max_depth=1, …          one for each trial: cv_accuracy, its error, fit_seconds
 """
 
 # /// script
@@ -25,60 +25,46 @@ It leaves this in the store (sqlite:///mlflow.db, or MLFLOW_TRACKING_URI where t
 #     "numpy>=1.26,<2.5",
 # ]
 # ///
-# joblib, matplotlib, scipy, skops, SQLAlchemy and threadpoolctl come with these.
+# joblib, matplotlib and skops come with these.
 
-import hashlib
 import logging
-import multiprocessing
 import os
 import re
-import shlex
-import signal
 import sqlite3
+import subprocess
 import sys
-import threading
-import time
-import traceback
-import warnings
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from contextlib import closing, contextmanager
-from functools import partial
+from contextlib import closing
 from importlib import metadata
 from pathlib import Path
+from textwrap import indent
 from typing import NamedTuple
-from urllib.parse import quote
 
 import mlflow
 import numpy as np
 import pandas as pd
-import sqlalchemy
-from joblib import Parallel, delayed, parallel_config
+from joblib import Parallel, delayed
 from matplotlib.figure import Figure
-from sklearn.compose import make_column_transformer
+from sklearn.base import clone
+from sklearn.compose import make_column_selector, make_column_transformer
 from sklearn.datasets import load_breast_cancer
 from sklearn.dummy import DummyClassifier
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.impute import SimpleImputer
-from sklearn.metrics import (
-    accuracy_score,
-    balanced_accuracy_score,
-    f1_score,
-    precision_score,
-    recall_score,
-)
+from sklearn.metrics import f1_score, get_scorer, make_scorer, precision_score, recall_score
 from sklearn.model_selection import (
     ParameterGrid,
+    StratifiedGroupKFold,
     StratifiedKFold,
     cross_validate,
-    train_test_split,
 )
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
 EXPERIMENT = "hyperparameter-tuning"
-SEED = 42  # for the split, the folds and the forests
+SEED = 42  # for the folds and the forests
 TEST_SIZE = 0.2  # share of the rows held out: not used by any trial
-FOLDS = 5  # with more of them, or a larger TEST_SIZE, raise min_rows in check_labels
+FOLDS = 5
 
 # The values to try for each parameter.
 PARAM_GRID = {
@@ -87,75 +73,75 @@ PARAM_GRID = {
     "n_estimators": [20, 100, 300],
 }
 
-# The choices of --metric: functions of the true and the predicted classes. Higher must be
-# better: for a loss, return its negative, like scikit-learn's neg_ scorers. F1, precision and
-# recall are macro averages, in which every class counts the same.
-METRICS = {
-    "accuracy": accuracy_score,
-    "balanced_accuracy": balanced_accuracy_score,
-    "f1": partial(f1_score, average="macro", zero_division=0),
-    "precision": partial(precision_score, average="macro", zero_division=0),
-    "recall": partial(recall_score, average="macro", zero_division=0),
+# Fit times up to this many times the lowest count as equal.
+NOISE = 1.5
+
+# The choices of --metric. F1, precision and recall are means over the classes, so that each
+# class counts the same. A scorer returns more for a better model, also if it measures a loss.
+MACRO = {"average": "macro", "pos_label": None, "zero_division": 0}
+SCORERS = {
+    "accuracy": get_scorer("accuracy"),
+    "balanced_accuracy": get_scorer("balanced_accuracy"),
+    "f1": make_scorer(f1_score, **MACRO),
+    "precision": make_scorer(precision_score, **MACRO),
+    "recall": make_scorer(recall_score, **MACRO),
 }
 
-# skops loads these types only if they are named. Loading them runs no code, but a damaged
-# tree can crash the process that predicts with it (skops pull request 535).
+# A server installs these packages, in the versions that are used here.
+PACKAGES = ["mlflow", "scikit-learn", "skops", "pandas", "numpy", "scipy"]
+
+# Types that skops loads only if they are named. Loading them runs no code.
 TRUSTED = [
     "numpy.dtype",
+    "sklearn.compose._column_transformer.make_column_selector",
     "sklearn.tree._tree.Tree",
-    "sklearn.ensemble._hist_gradient_boosting.predictor.TreePredictor",
 ]
-
-
-class UserError(Exception):
-    """A reason to stop that the user can act on: one line on stderr, without a traceback."""
-
-    exit_code = 2
-
-
-class Refused(UserError):
-    """There is no result to use: a model was refused, or everything that was tried failed."""
-
-    exit_code = 1
 
 
 def main(argv=None):
     args = parse_args(argv)
     metric = args.metric
-    train, test = load_data(args.csv, args.target, TEST_SIZE, SEED)
+    train, test = load_data(args.csv, args.target, args.id, TEST_SIZE)
+    folds = make_folds(train.y, train.groups, FOLDS, repeats=1, seed=SEED)
     trials = make_trials(PARAM_GRID)
-    settings = describe_search(PARAM_GRID, metric, FOLDS, SEED, train)
+    models = {name: make_forest(params, SEED) for name, params in trials.items()}
 
-    experiment_id = open_store(EXPERIMENT)
-    todo = trials
+    open_store(EXPERIMENT)
+    settings = {"metric": metric, "held_out": train.rule, "rows": train.dataset.digest}
     if args.resume is not None:
-        todo = unfinished_trials(args.resume, trials, settings)
+        check_settings(args.resume, settings)
 
-    print(f"{len(todo)} trials of {FOLDS} folds each", flush=True)
-    started = time.perf_counter()
-    with mlflow.start_run(run_id=args.resume, run_name="grid-search") as search, resumable(args):
+    with mlflow.start_run(run_id=args.resume, run_name="grid-search") as search:
         search_id = search.info.run_id
+        print(f"{FOLDS} folds for each trial; if interrupted, go on with --resume {search_id}")
         mlflow.log_params(settings)
-        log_rows(training=train, testing=test)
-        with start_trials(todo, train, metric, METRICS[metric], FOLDS, SEED) as results:
-            for result in show_progress(results, metric, len(todo)):
-                log_trial(result, train.dataset)
+        mlflow.log_input(train.dataset, context="training")
+        mlflow.log_input(test.dataset, context="testing")
 
-        ranked = find_best_trials(search_id, metric)
+        finished = find_best_trials(search_id, metric, trials)["trial"].tolist()
+        todo = {name: model for name, model in models.items() if name not in finished}
+        results = run_trials(todo, train.X, train.y, metric, SCORERS[metric], folds)
+        for number, (name, metrics, error) in enumerate(results, start=1):
+            log_trial(name, trials[name], metrics, error, train.dataset)
+            outcome = error or f"{metric} {metrics[f'cv_{metric}']:.4f}"
+            print(f"{number:3}/{len(todo)}  {outcome}  {name}", flush=True)
+
+        ranked = find_best_trials(search_id, metric, trials)
         if ranked.empty:
-            raise Refused(f"all {len(trials)} trials failed; their tag `error` says why")
-
+            raise UserError(f"all {len(trials)} trials failed; the last one with {error}")
         best = ranked.iloc[0]
-        # By the name of the run, because MLflow returns parameters as text.
-        best_params = trials[best["tags.mlflow.runName"]]
-        refit_best(best_params, train, test, metric, METRICS[metric], SEED, TRUSTED)
-        log_grid(ranked, best_params, PARAM_GRID, metric)
-        log_best(best, best_params, metric, train)
-        mlflow.log_metric("session_seconds", time.perf_counter() - started)
+        name = best["trial"]
+        log_best(best, trials[name], models[name], train, test, metric, SCORERS[metric])
 
-    print_report(search_id, ranked, metric, PARAM_GRID, FOLDS)
-    print(where_to_look(experiment_id, f"metrics.`cv_{metric}`"))
-    print("Next: ", command_line("model_comparison.py", "--tuned", search_id, args=args))
+        cheapest = cheapest_within_one_standard_error(ranked, NOISE)
+        means = mean_scores(ranked, trials, PARAM_GRID)
+        report = describe_search(search_id, ranked, cheapest, means, metric)
+        mlflow.set_tag("mlflow.note.content", report)
+        mlflow.log_figure(draw_search(means, metric), "search.png")
+
+    print(f"\n{report}\n")
+    print(where_to_look(search))
+    print("Next: ", next_command("model_comparison.py", ["--tuned", search_id], args))
 
 
 def parse_args(argv):
@@ -163,9 +149,8 @@ def parse_args(argv):
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--csv", metavar="FILE", help="use this table, not the breast cancer data")
     parser.add_argument("--target", default="diagnosis", help="the column to predict")
-    parser.add_argument(
-        "--metric", choices=METRICS, default="accuracy", help="what decides which trial is best"
-    )
+    parser.add_argument("--id", metavar="COLUMN", help="keep rows with the same value together")
+    parser.add_argument("--metric", choices=SCORERS, default="accuracy", help="what decides")
     parser.add_argument("--resume", metavar="RUN_ID", help="continue a search that was cut short")
     return parser.parse_args(argv)
 
@@ -173,429 +158,253 @@ def parse_args(argv):
 def make_trials(grid):
     """Return {name of the trial: parameters}, for each combination of the grid.
 
-    Raises UserError if the forest does not know one of the parameters.
+    The name says what the parameters are, so that a search can be resumed with a wider grid.
     """
-    unknown = set(grid) - set(RandomForestClassifier().get_params())
-    if unknown:
-        raise UserError(f"PARAM_GRID: a random forest has no {', '.join(sorted(unknown))}")
-    # Python's numbers only: log_best() logs repr(value), and model_comparison.py can read
-    # "0.1" back, but not "np.float64(0.1)".
-    lists = {name: [to_python(value) for value in values] for name, values in grid.items()}
-    combinations = ParameterGrid(lists)
-    return {f"trial-{number:04}": params for number, params in enumerate(combinations, start=1)}
+    trials = {}
+    for params in ParameterGrid(grid):
+        name = ", ".join(f"{parameter}={value}" for parameter, value in params.items())
+        trials[name] = params
+    return trials
 
 
-def to_python(value):
-    """Return a NumPy number as a Python number, and anything else unchanged."""
-    return value.item() if isinstance(value, np.generic) else value
+def make_forest(params, seed):
+    """Return an unfitted forest with these parameters, for raw rows."""
+    return add_preprocessing(RandomForestClassifier(**params, random_state=seed))
 
 
-def describe_search(grid, metric, n_folds, seed, train):
-    """Return the settings that a search and its continuation must share."""
-    return {
-        "grid": str(grid),
-        "metric": metric,
-        "folds": f"{n_folds}, seed {seed}",
-        "training_digest": train.dataset.digest,
-    }
+def check_settings(search_id, settings):
+    """Raise UserError if a search has other settings, because its scores would not compare."""
+    before = mlflow.get_run(search_id).data.params
+    if before != settings:
+        raise UserError(f"cannot resume {search_id}: it has {before}, and not {settings}")
 
 
-def unfinished_trials(search_id, trials, settings, quiet_minutes=5):
-    """Return the trials that an interrupted search still has to run.
+def run_trials(models, X, y, metric, scorer, folds):
+    """Cross-validate models on all cores; yield what `run_trial` returns, as each finishes.
 
-    These are the trials that were never logged, and those that failed. A child run that is
-    still RUNNING was cut short while it was logged: it is deleted, and its trial runs again.
-    The search gets the tag `resumed_at`.
-
-    Raises UserError if the search is finished, has other settings, or may still be running
-    elsewhere: its status is RUNNING, and it was started, resumed or logged to in the last
-    `quiet_minutes`. Pass more if one trial takes longer than that.
+    `models` are unfitted estimators by the name of their trial.
     """
-    search = mlflow.get_run(search_id)
-    if search.info.status == "FINISHED":
-        raise UserError(f"cannot resume {search_id}: it is finished")
-    # MLflow returns parameters as text, and the settings are text.
-    if not settings.items() <= search.data.params.items():
-        raise UserError(f"cannot resume {search_id}: it has other settings or rows")
-
-    children = mlflow.search_runs(
-        [search.info.experiment_id],
-        f"tags.mlflow.parentRunId = '{search_id}'",
-        output_format="list",
-    )
-    last_sign = max(run.info.start_time for run in [search, *children]) / 1000
-    last_sign = max(last_sign, float(search.data.tags.get("resumed_at", 0)))
-    if search.info.status == "RUNNING" and time.time() - last_sign < 60 * quiet_minutes:
-        raise UserError(
-            f"{search_id} may still be running; if it is not, try again in {quiet_minutes} minutes"
-        )
-
-    finished = set()
-    for child in children:
-        if child.info.status == "RUNNING":
-            mlflow.delete_run(child.info.run_id)
-        if child.info.status == "FINISHED":
-            finished.add(child.info.run_name)
-    mlflow.MlflowClient().set_tag(search_id, "resumed_at", time.time())
-    return {name: params for name, params in trials.items() if name not in finished}
-
-
-@contextmanager
-def resumable(args):
-    """On Ctrl-C, end the active run as KILLED, and say how to continue it."""
-    search_id = mlflow.active_run().info.run_id
-    try:
-        yield
-    except KeyboardInterrupt:
-        mlflow.end_run("KILLED")  # otherwise, MLflow would call it FAILED
-        command = command_line("hyperparameter_tuning.py", "--resume", search_id, args=args)
-        raise KeyboardInterrupt(f"by Ctrl-C; to resume: {command}") from None
-
-
-class TrialResult(NamedTuple):
-    """What came of a trial."""
-
-    name: str
-    params: dict
-    metrics: dict  # empty if it failed
-    error: str  # empty if it did not fail
-
-
-def start_trials(trials, train, metric, score, n_folds, seed):
-    """Start the trials on all cores, as in `with start_trials(...) as results`.
-
-    `results` is an iterator over their TrialResults, as they finish. At the end of the block,
-    anything still running is stopped.
-    """
-    options = {"metric": metric, "score": score, "n_folds": n_folds, "seed": seed}
-    # The last trials of this grid take longest, so they start first. Otherwise, one core
+    # The last trials of the grid take longest, so they start first. Otherwise, one core
     # would still be busy with them at the end, while the others idle.
     tasks = [
-        delayed(try_trial)(name, trials[name], train.X, train.y, **options)
-        for name in reversed(trials)
+        delayed(run_trial)(name, models[name], X, y, metric, scorer, folds)
+        for name in reversed(models)
     ]
-    return run_in_parallel(tasks, "generator_unordered")
+    return Parallel(n_jobs=-1, return_as="generator_unordered")(tasks)
 
 
-def try_trial(name, params, X, y, **options):
-    """Return the TrialResult of a trial. One that raises must not end the search."""
-    try:
-        metrics = run_trial(params, X, y, **options)
-    except Exception as error:
-        first_line = str(error).partition("\n")[0]
-        return TrialResult(name, params, {}, f"{type(error).__name__}: {first_line}")
-    return TrialResult(name, params, metrics, error="")
+def run_trial(name, model, X, y, metric, scorer, folds):
+    """Cross-validate a model. Return its name, its metrics, and None or what went wrong.
 
-
-def run_trial(params, X, y, metric, score, n_folds, seed):
-    """Cross-validate a forest with these parameters and return its metrics.
-
-    cv_METRIC and cv_METRIC_std are the mean and the standard deviation over the folds,
-    fit_seconds is the mean time of one fit.
+    The metrics are the mean score over the folds, the standard error of that mean (which
+    treats the folds as independent), and the median time of one fit in seconds.
     """
-    folds = StratifiedKFold(n_folds, shuffle=True, random_state=seed)
-    model = make_forest(params, X, seed)
-
-    # make_scorer(score) fails: it looks for a class 1, the default pos_label of f1_score, but
-    # the classes are text.
-    def scorer(fitted, X_fold, y_fold):
-        return score(y_fold, fitted.predict(X_fold))
-
-    # One core per trial, even if the caller has selected another joblib backend (Dask).
-    with parallel_config("sequential"):
+    try:
         results = cross_validate(model, X, y, cv=folds, scoring=scorer, error_score="raise")
-    return {
+        if np.isnan(results["test_score"]).any():
+            raise ValueError("the scorer returned nan")
+    except Exception as error:  # one that fails must not end the search
+        return name, {}, f"{type(error).__name__}: {error}"
+    metrics = {
         # Rounded, so that equal scores tie: sums in another order differ in their last bits.
         f"cv_{metric}": results["test_score"].mean().round(12),
-        f"cv_{metric}_std": results["test_score"].std(),
-        "fit_seconds": results["fit_time"].mean(),
+        f"cv_{metric}_se": results["test_score"].std(ddof=1) / len(folds) ** 0.5,
+        "fit_seconds": np.median(results["fit_time"]),
     }
+    return name, metrics, None
 
 
-def make_forest(params, X, seed):
-    """Return an unfitted forest with these parameters, for raw rows with the columns of X."""
-    return add_preprocessing(RandomForestClassifier(**params, random_state=seed), X)
+def log_trial(name, params, metrics, error, dataset):
+    """Log a trial as a child of the active run. If it failed, its tag `error` says why."""
+    with mlflow.start_run(run_name=name, nested=True):
+        mlflow.log_params(params)
+        mlflow.log_metrics(metrics, dataset=dataset)
+        if error:
+            mlflow.set_tag("error", error)
+            mlflow.end_run("FAILED")  # the `with` block leaves a run that has ended as it is
 
 
-def show_progress(results, metric, total):
-    """Pass each result on, then print it and the time that is left, which is too high at first."""
-    started = time.perf_counter()
-    for done, result in enumerate(results, start=1):
-        yield result  # the caller logs it
-        seconds_left = (time.perf_counter() - started) * (total - done) / done
-        outcome = result.error
-        if not outcome:
-            mean = result.metrics[f"cv_{metric}"]
-            deviation = result.metrics[f"cv_{metric}_std"]
-            outcome = f"{metric} {mean:.4f} ± {deviation:.4f}"
-        line = f"{done:3}/{total} {seconds_left:4.0f} s left  {result.name}  {outcome}"
-        print(f"{line}  {format_params(result.params)}", flush=True)
-
-
-def format_params(params):
-    """Return parameters as they would appear in a call."""
-    return ", ".join(f"{name}={value!r}" for name, value in params.items())
-
-
-def log_trial(result, dataset):
-    """Log a trial as a child of the active run. If it raised, it is FAILED, with a tag `error`."""
-    with mlflow.start_run(run_name=result.name, nested=True):
-        mlflow.log_params(result.params)
-        mlflow.log_metrics(result.metrics, dataset=dataset)
-        if result.error:
-            mlflow.set_tag("error", result.error)
-            mlflow.end_run("FAILED")  # otherwise, the `with` block would end it as FINISHED
-
-
-def find_best_trials(search_id, metric):
+def find_best_trials(search_id, metric, names):
     """Ask MLflow for the finished trials of a search. Return a DataFrame, the best trial first.
 
-    Of equal scores, the first in the grid wins.
+    Of equal scores, the first by name wins. Only trials with one of these names count.
     """
-    return mlflow.search_runs(
-        [mlflow.get_run(search_id).info.experiment_id],
-        f"tags.mlflow.parentRunId = '{search_id}' AND attributes.status = 'FINISHED'",
+    runs = mlflow.search_runs(
+        search_all_experiments=True,
+        filter_string=f"tags.mlflow.parentRunId = '{search_id}' AND status = 'FINISHED'",
         order_by=[f"metrics.cv_{metric} DESC", "attributes.run_name ASC"],
+        output_format="list",
     )
+    metrics = [f"cv_{metric}", f"cv_{metric}_se", "fit_seconds"]
+    rows = [
+        {"trial": run.info.run_name, **run.data.metrics}
+        for run in runs
+        if run.info.run_name in names
+    ]
+    ranked = pd.DataFrame(rows, columns=["trial", *metrics])
+    return ranked.set_axis(["trial", "mean", "standard_error", "fit_seconds"], axis="columns")
 
 
-def refit_best(params, train, test, metric, score, seed, trusted_types):
-    """Fit the best forest on all training rows, log it, and score it once on the hold-out.
+def log_best(best, params, model, train, test, metric, scorer):
+    """Log the best trial to the active run; fit its model on all training rows, and log that too.
 
-    For comparison, also log the score of always predicting the most frequent class.
+    The hold-out scores the model once, and always predicting the most frequent class.
     """
-    model = make_forest(params, train.X, seed).fit(train.X, train.y)
-    model_id = log_model(model, train.X, trusted_types)
-    test_score = score(test.y, model.predict(test.X))
-    mlflow.log_metric(f"test_{metric}", test_score, model_id=model_id, dataset=test.dataset)
-    baseline = DummyClassifier().fit(train.X, train.y)
-    baseline_score = score(test.y, baseline.predict(test.X))
-    mlflow.log_metric(f"baseline_test_{metric}", baseline_score, dataset=test.dataset)
+    mlflow.set_tag("best_trial", best["trial"])
+    mlflow.log_dict(params, "best_params.json")  # model_comparison.py reads it
+    baseline = scorer(DummyClassifier().fit(train.X, train.y), test.X, test.y)
+    # Before the model is logged, because MLflow links later metrics to it.
+    mlflow.log_metric(f"best_cv_{metric}", best["mean"], dataset=train.dataset)
+    mlflow.log_metric(f"baseline_test_{metric}", baseline, dataset=test.dataset)
+
+    fitted = clone(model).fit(train.X, train.y)
+    logged = log_model(fitted, train.X, train.rule, PACKAGES, TRUSTED)
+    reloaded = mlflow.sklearn.load_model(logged.model_uri)
+    score = scorer(reloaded, test.X, test.y)
+    mlflow.log_metric(f"test_{metric}", score, model_id=logged.model_id, dataset=test.dataset)
 
 
-def log_grid(ranked, best_params, grid, metric):
-    """Log how much each parameter matters, where to widen the grid, and a table and picture."""
-    means = mean_scores(ranked, grid, metric)
-    for name, scores in means.items():
-        mlflow.log_metric(f"spread_{name}", scores.max() - scores.min())
-    for name, advice in values_at_the_edge(best_params, grid).items():
-        mlflow.set_tag(f"edge_{name}", advice)
-    table = scores_over_grid(ranked, grid, metric)
-    mlflow.log_text(table.style.background_gradient("Blues", axis=None).to_html(), "grid.html")
-    mlflow.log_figure(draw_search(table, means, metric), "search.png")
+def cheapest_within_one_standard_error(ranked, noise):
+    """Return the trial that is fast to fit of those within one standard error of the best.
+
+    `ranked` has the best trial first. Fit times up to `noise` times the lowest count as equal;
+    of these, the best score wins. The rule is that of Breiman et al., Classification and
+    Regression Trees (1984), section 3.4.3, which takes the simplest model instead.
+    """
+    best = ranked.iloc[0]
+    close = ranked[ranked["mean"] >= best["mean"] - best["standard_error"]]
+    fast = close[close["fit_seconds"] <= noise * close["fit_seconds"].min()]
+    return fast.iloc[0]
 
 
-def mean_scores(ranked, grid, metric):
+def mean_scores(ranked, trials, grid):
     """Return {parameter: Series}: the mean score of the trials with each of its values."""
     means = {}
-    for name, values in grid.items():
-        by_value = ranked.groupby(f"params.{name}")[f"metrics.cv_{metric}"].mean()
-        means[name] = by_value.reindex([str(value) for value in values])
+    for parameter, values in grid.items():
+        value_of_trial = [str(trials[name][parameter]) for name in ranked["trial"]]
+        by_value = ranked["mean"].groupby(np.array(value_of_trial)).mean()
+        means[parameter] = by_value.reindex([str(value) for value in values])
     return means
 
 
-def values_at_the_edge(params, grid):
-    """Return {name: advice} for each parameter whose value lies at the edge of the grid.
+def describe_search(search_id, ranked, cheapest, means, metric):
+    """Return what a search found, read back from MLflow, as Markdown with indented tables."""
+    metrics = mlflow.get_run(search_id).data.metrics
+    best = ranked.iloc[0]
+    shown = ranked.loc[ranked.index[:5].union([cheapest.name])]
+    table = shown.to_string(index=False, float_format="{:.4f}".format)
+    share = cheapest["fit_seconds"] / best["fit_seconds"]
+    test, baseline = metrics[f"test_{metric}"], metrics[f"baseline_test_{metric}"]
+    values = {
+        parameter: ", ".join(f"{value}: {score:.4f}" for value, score in scores.items())
+        for parameter, scores in means.items()
+    }
+    return f"""Best of {len(ranked)} trials: {best["trial"]}
+Cheapest within one standard error: {cheapest["trial"]}, at {share:.0%} of its fit time
 
-    A better value may lie beyond it.
-    """
-    edges = {}
-    for name, values in grid.items():
-        # True and False are not numbers here.
-        numbers = [value for value in values if type(to_python(value)) in (int, float)]
-        # None may stand for "no limit", which is beyond the largest number.
-        if len(numbers) > 1 and params[name] == max(numbers) and None not in values:
-            edges[name] = f"{params[name]} is the largest value tried; try larger ones"
-        if len(numbers) > 1 and params[name] == min(numbers):
-            edges[name] = f"{params[name]} is the smallest value tried; try smaller ones"
-    return edges
+The first five, and the cheapest, by their mean {metric} on the folds:
+
+{indent(table, "    ")}
+
+Hold-out: {metric} {test:.4f}; of always answering the most frequent class: {baseline:.4f}
+
+The mean score with each value. A best one at the edge of its list: try values beyond it.
+
+{indent(pd.Series(values).to_string(), "    ")}"""
 
 
-def scores_over_grid(ranked, grid, metric):
-    """Return the scores as a table: the last parameter of the grid across, the others down."""
-    columns = {f"params.{name}": name for name in grid}
-    in_grid_order = ranked.sort_values("tags.mlflow.runName").rename(columns=columns)
-    *down, across = grid
-    return in_grid_order.pivot_table(
-        values=f"metrics.cv_{metric}", index=down, columns=across, sort=False
-    )
-
-
-def draw_search(table, means, metric):
-    """Return a figure: the scores over the grid, and the mean score by each parameter's values."""
-    figure = Figure(figsize=(12, 5), layout="constrained")
-    grid_axes, means_axes = figure.subplots(1, 2)
-
-    row_names = [", ".join(row) if isinstance(row, tuple) else row for row in table.index]
-    image = grid_axes.imshow(table, cmap="Blues", aspect="auto")
-    figure.colorbar(image, ax=grid_axes, label=f"Cross-validated {metric}")
-    grid_axes.set_xticks(range(len(table.columns)), table.columns)
-    grid_axes.set_yticks(range(len(table)), row_names)
-    grid_axes.set(xlabel=table.columns.name, ylabel=", ".join(map(str, table.index.names)))
-    grid_axes.set_title("Every trial")
-
-    for name, scores in means.items():
-        means_axes.plot(scores, [name] * len(scores), marker="o")
-        for position, (value, score) in enumerate(scores.items()):
-            # Alternately above and below, so that the labels of close points do not overlap.
-            offset = (0, 8 if position % 2 else -16)
-            means_axes.annotate(
-                value, xy=(score, name), xytext=offset, textcoords="offset points", ha="center"
-            )
-    means_axes.set(xlabel=f"Mean {metric} of the trials with this value")
-    means_axes.set_title("The longer the line, the more the parameter matters in this grid")
-    means_axes.margins(y=0.3)
+def draw_search(means, metric):
+    """Return a figure: the mean score of the trials with each value of each parameter."""
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.subplots()
+    for parameter, scores in means.items():
+        axes.plot(scores, [parameter] * len(scores), marker="o")
+        for value, score in scores.items():
+            axes.annotate(value, (score, parameter), (0, 8), textcoords="offset points")
+    axes.margins(y=0.3)
+    axes.set_xlabel(f"Mean {metric} of the trials with this value")
+    axes.set_title("The longer the line, the more the parameter matters in this grid")
     return figure
 
 
-def log_best(best, params, metric, train):
-    """Log the best trial to the active run: its parameters and its score."""
-    # repr() quotes text, so that model_comparison.py can read the values back.
-    mlflow.log_params({f"best_{name}": repr(value) for name, value in params.items()})
-    score = best[f"metrics.cv_{metric}"]
-    mlflow.log_metric(f"best_cv_{metric}", score, dataset=train.dataset)
+def make_folds(y, groups, n_folds, repeats, seed):
+    """Return folds as pairs of arrays: positions to train on, positions to score on.
 
-
-def print_report(search_id, ranked, metric, grid, n_folds):
-    """Print what a search found, read back from MLflow. `ranked` has the best trial first."""
-    data = mlflow.get_run(search_id).data
-    print(f"\nThe best of {len(ranked)} trials, by their mean {metric} over {n_folds} folds:")
-    print(format_trials(ranked.head(), grid, metric).to_string(index=False))
-
-    best_params = ", ".join(f"{name}={data.params[f'best_{name}']}" for name in grid)
-    test_score = data.metrics[f"test_{metric}"]
-    baseline_score = data.metrics[f"baseline_test_{metric}"]
-    print(f"\nBest parameters  {best_params}")
-    print(f"Hold-out         {metric} {test_score:.4f}")
-    print(f"Baseline         {metric} {baseline_score:.4f}, always the most frequent class")
-
-    cheapest = cheapest_within_one_standard_error(ranked, metric, n_folds)
-    share = cheapest["metrics.fit_seconds"] / ranked["metrics.fit_seconds"].iloc[0]
-    trial = cheapest["tags.mlflow.runName"]
-    cheapest_note = f"within one standard error of the best, at {share:.0%} of its fit time"
-    print(f"Cheapest         {trial}: {cheapest_note}")
-
-    spreads = {name: data.metrics[f"spread_{name}"] for name in grid}
-    by_spread = sorted(spreads, key=spreads.get, reverse=True)
-    influence = ", ".join(f"{name} {spreads[name]:.4f}" for name in by_spread)
-    print(f"Influence        {influence} (mean {metric}, best value minus worst)")
-    for name in grid:
-        if f"edge_{name}" in data.tags:
-            print(f"At the edge      {name}: {data.tags[f'edge_{name}']}")
-
-    fitting = n_folds * ranked["metrics.fit_seconds"].sum()
-    session = data.metrics["session_seconds"]
-    print(f"Cost             {fitting:.0f} s of fitting; this session took {session:.0f} s\n")
-
-
-def cheapest_within_one_standard_error(ranked, metric, n_folds):
-    """Return the trial that is fastest to fit of those within one standard error of the best.
-
-    `ranked` has the best trial first. The rule is that of Breiman et al., Classification and
-    Regression Trees (1984), section 3.4.3, which takes the simplest model instead. The
-    standard error treats the folds as independent.
+    They are stratified by class. Rows of the same group stay on one side of each fold.
     """
-    scores = ranked[f"metrics.cv_{metric}"]
-    # The logged deviation has ddof=0. Divided by sqrt(n - 1), it is std(ddof=1) / sqrt(n).
-    standard_error = ranked[f"metrics.cv_{metric}_std"].iloc[0] / (n_folds - 1) ** 0.5
-    close = ranked[scores >= scores.iloc[0] - standard_error]
-    return close.loc[close["metrics.fit_seconds"].idxmin()]
+    folds = []
+    for repeat in range(repeats):
+        options = {"n_splits": n_folds, "shuffle": True, "random_state": seed + repeat}
+        if groups.is_unique:
+            folds += StratifiedKFold(**options).split(y, y)
+        else:
+            folds += StratifiedGroupKFold(**options).split(y, y, groups)
+    return folds
 
 
-def format_trials(ranked, grid, metric):
-    """Return a table of trials to be printed, with units."""
-    means = ranked[f"metrics.cv_{metric}"].map("{:.4f}".format)
-    deviations = ranked[f"metrics.cv_{metric}_std"].map("{:.4f}".format)
-    table = pd.DataFrame({"trial": ranked["tags.mlflow.runName"]})
-    table[metric] = means + " ± " + deviations
-    table["fit"] = ranked["metrics.fit_seconds"].map("{:.3f} s".format)
-    for name in grid:
-        table[name] = ranked[f"params.{name}"]
-    return table
+def next_command(script, options, args):
+    """Return the command that goes on with another script, on the same rows and metric."""
+    command = ["python", str(Path(sys.argv[0]).with_name(script)), *options]
+    defaults = {"csv": None, "target": "diagnosis", "id": None, "metric": "accuracy"}
+    for name, default in defaults.items():
+        value = getattr(args, name)
+        if value != default:
+            command += [f"--{name}", value]
+    return subprocess.list2cmdline(command)
 
 
-@contextmanager
-def run_in_parallel(tasks, return_as):
-    """Run joblib's tasks on all cores, and yield a generator of their results.
-
-    At the end of the `with` block, anything still running is stopped.
-    """
-    before = multiprocessing.active_children()
-    # The workers inherit this: they leave Ctrl-C to this process, which stops them. While
-    # they start, Ctrl-C is lost.
-    ctrl_c = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        results = Parallel(n_jobs=-1, return_as=return_as)(tasks)
-    finally:
-        signal.signal(signal.SIGINT, ctrl_c)
-    # With neither psutil nor `pgrep`, joblib calls worker.kill(), which fails.
-    for worker in set(multiprocessing.active_children()) - set(before):
-        worker.kill = worker.terminate
-    with warnings.catch_warnings():
-        # joblib warns when tasks are abandoned, as after Ctrl-C.
-        warnings.filterwarnings("ignore", module="joblib")
-        try:
-            yield results
-        finally:
-            results.close()
+# The rest is the same in all three scripts, so you need to read it only once.
 
 
-# The rest is the same in all three scripts, so you need to read it only once. It loads the
-# rows, logs the model, opens the store, and turns errors and Ctrl-C into exit codes.
+class UserError(Exception):
+    """A reason to stop that the user can act on: one line on stderr, without a traceback."""
 
 
 class Rows(NamedTuple):
-    """Rows of a table, and the MLflow data set that describes them."""
+    """Rows of a table, and what describes them."""
 
-    X: pd.DataFrame  # the features
+    X: pd.DataFrame  # the features: numbers as floats, everything else as text
     y: pd.Series  # the classes, as text
+    groups: pd.Series  # rows with the same number stay together in every split
     dataset: mlflow.entities.Dataset
+    rule: str  # by which rows are held out
 
 
-def load_data(csv=None, target="diagnosis", test_size=0.2, seed=42):
-    """Load a table and split it into training rows and hold-out rows, stratified by class.
+def load_data(csv, target, id_column, test_size):
+    """Load a table, and split it into training rows and hold-out rows. Returns two Rows.
 
-    The table is a CSV file with a header, or scikit-learn's breast cancer data. Rows without
-    a class are left out. Numbers and true/false become floats, which can be missing; text
-    stays text. Returns two Rows. Raises UserError if the table or its target cannot be used.
-
-    The split is random, which is right only for rows that do not depend on each other.
+    The table is a CSV file with a header, or scikit-learn's breast cancer data if `csv` is
+    None. Rows without a class are left out. Raises UserError if the table cannot be used.
     """
     name = table_name(csv)
     table = read_table(csv)
-    if target not in table or len(table.columns) < 2:
-        columns = ", ".join(repr(column) for column in table)
-        raise UserError(
-            f"{name} needs a column {target!r} (--target) and others beside it, but has {columns}"
-        )
-
-    # Classes are text, and so are predictions. convert_dtypes() keeps class 1 from becoming
-    # "1.0" in a column with gaps. scikit-learn is faster with objects than with pandas' text.
-    labels = table[target].dropna().convert_dtypes().astype(str).astype(object)
-    features = table.drop(columns=target).loc[labels.index]
+    keys = [target] if id_column is None else [target, id_column]
+    if not set(keys) < set(table):
+        raise UserError(f"{name} needs columns {keys} and others, but has {list(table)}")
+    complete = table.dropna(subset=keys)
+    y = read_classes(complete[target])
+    features = complete.drop(columns=target)
     features = features.apply(lambda column: column.astype("float64", errors="ignore"))
-    print(f"{name}: {len(labels)} of {len(table)} rows have a {target!r}", flush=True)
-    if len(labels) < len(table):
-        point_out_missing_classes(csv, table[target])
-    check_labels(labels)
-    check_features(features)
+    X = features.drop(columns=keys, errors="ignore")
+    if np.isinf(X.select_dtypes("number")).any(axis=None):
+        raise UserError(f"{name} has infinite numbers: leave those cells empty")
 
-    parts = train_test_split(
-        features, labels, test_size=test_size, stratify=labels, random_state=seed
-    )
-    X_train, X_test, y_train, y_test = parts
-    return make_rows(X_train, y_train, f"{name}-train"), make_rows(X_test, y_test, f"{name}-test")
+    # Equal rows have the same hash. With an ID, so do all rows of the same ID.
+    groups = hash_rows(features if id_column is None else features[[id_column]])
+    held_out = is_held_out(groups, test_size)
+    print(f"{name}: {len(y)} of {len(table)} rows have a class, {held_out.sum()} are held out")
+    check_split(y, groups, held_out, test_size)
+    rule = f"{test_size} of the rows, by a hash of {id_column or 'the features'}"
+    train = select_rows(X, y, groups, ~held_out, f"{name}-train", rule)
+    test = select_rows(X, y, groups, held_out, f"{name}-test", rule)
+    return train, test
 
 
 def table_name(csv):
     """Return a short name for a CSV file, or for the breast cancer data if it is None."""
-    return "breast-cancer" if csv is None else to_name(Path(csv).stem)
-
-
-def to_name(text):
-    """Return a text as a name for MLflow: its words in lower case, joined by hyphens."""
-    words = re.findall("[a-z0-9]+", text.lower())
-    return "-".join(words) or "table"
+    if csv is None:
+        return "breast-cancer"
+    return re.sub("[^a-z0-9]+", "-", Path(csv).stem.lower()).strip("-") or "table"
 
 
 def read_table(csv):
@@ -609,280 +418,130 @@ def read_table(csv):
         raise UserError(f"cannot read {csv}: {error}") from error
 
 
-def point_out_missing_classes(csv, labels):
-    """Print words that pandas takes for missing, because one may be meant as a class."""
-    if csv is None or not Path(csv).is_file():
-        return
-    text = pd.read_csv(csv, dtype=str, keep_default_na=False)[labels.name]
-    for word in sorted(set(text[labels.isna().to_numpy()]) - {""}):
-        print(f"Note: {word!r} counts as a missing {labels.name!r}; if it is a class, rename it")
+def read_classes(column):
+    """Return a column without gaps as text. Raises UserError if it looks like a quantity."""
+    if pd.api.types.is_numeric_dtype(column) and column.nunique() > 30:
+        raise UserError(f"{column.name!r} has {column.nunique()} numbers: too many for classes")
+    # convert_dtypes() keeps class 1 from becoming "1.0" in a column that had gaps.
+    return column.convert_dtypes().astype(str).astype(object)
 
 
-def check_labels(labels, min_rows=7):
-    """Raise UserError unless there are two classes or more, each of `min_rows` rows or more.
+def hash_rows(table):
+    """Return a number for each row of a table, which depends on nothing but its values."""
+    return pd.util.hash_pandas_object(table, index=False)
 
-    Of seven rows, five or more are in the training part: one for each of five folds.
+
+def is_held_out(groups, share):
+    """Return True for about this share of the groups (numbers from `hash_rows`).
+
+    A row that is held out stays held out when the table grows, so that no later model has
+    trained on it. A random split would hand the rows held out today to the next training.
+    Géron, Hands-On Machine Learning, chapter 2, splits by the hash of an identifier.
     """
-    counts = labels.value_counts()
-    if len(counts) < 2 or counts.min() < min_rows:
+    return groups % 1000 < 1000 * share
+
+
+def check_split(y, groups, held_out, test_size, n_folds=5):
+    """Raise UserError unless the hold-out has its share, and each class is in every fold."""
+    if not abs(held_out.mean() - test_size) < 0.1:
         raise UserError(
-            f"{labels.name!r} needs 2 or more classes of {min_rows} or more rows each, "
-            f"but the rarest have {counts.tail().to_dict()}"
+            f"the hold-out would be {held_out.mean():.0%} of the rows, as they are few or many are "
+            "equal: name a column that tells them apart with --id"
+        )
+    in_training = groups[~held_out].groupby(y[~held_out]).nunique()
+    if y.nunique() < 2 or len(in_training) < y.nunique() or in_training.min() < n_folds:
+        raise UserError(
+            f"{y.name!r} needs 2 or more classes with {n_folds} or more different training rows "
+            f"each, but has {in_training.sort_values().head().to_dict()}"
         )
 
 
-def check_features(features):
-    """Raise UserError if a number is infinite. Point out columns that may identify a row."""
-    numbers = features.select_dtypes("number")
-    infinite = numbers.columns[np.isinf(numbers).any()]
-    if len(infinite):
-        raise UserError(f"column {infinite[0]!r} has infinite numbers: leave those cells empty")
-    for column in features:
-        values = features[column].dropna()
-        if column in numbers:
-            identifies = values.is_unique and (values % 1 == 0).all()
-        else:
-            identifies = values.nunique() > 0.9 * len(values)
-        if len(values) > 20 and identifies:
-            print(f"Note: {column!r} differs in nearly every row; if it identifies rows, drop it")
+def select_rows(X, y, groups, mask, name, rule):
+    """Return the Rows for which the mask is True, with an MLflow data set of this name."""
+    table = X[mask].assign(**{y.name: y[mask]})
+    # MLflow's own digest leaves out the rows after the first 10,000.
+    digest = f"{hash_rows(table).sum():x}"
+    dataset = mlflow.data.from_pandas(table, targets=y.name, name=name, digest=digest)
+    return Rows(X[mask], y[mask], groups[mask], dataset, rule)
 
 
-def make_rows(X, y, name):
-    """Return Rows with an MLflow data set of this name."""
-    quieten_mlflow()
-    table = pd.concat([X, y], axis="columns")
-    # MLflow's own digest leaves out rows after the first 10,000, and text columns with gaps.
-    row_hashes = pd.util.hash_pandas_object(table).to_numpy()
-    content = str(list(table)).encode() + row_hashes.tobytes()
-    digest = hashlib.sha256(content).hexdigest()[:8]
-    return Rows(X, y, mlflow.data.from_pandas(table, targets=y.name, name=name, digest=digest))
+def add_preprocessing(model):
+    """Return a pipeline of the model that takes raw rows, with text and gaps.
 
-
-def add_preprocessing(model, X):
-    """Return a pipeline of the model that takes raw rows with the columns of X.
-
-    A missing number becomes the mean of its column; then all numbers are scaled. Missing text
-    is a category of its own. A text column becomes up to 20 one-hot columns: where there
-    are more values, the rarest share one. Values not seen in training become all zeros.
+    A missing number becomes the mean of its column; then all numbers are scaled. A text column
+    becomes up to 20 one-hot columns; missing text is a value of its own.
     """
     numbers = make_pipeline(SimpleImputer(keep_empty_features=True), StandardScaler())
-    constant = {"strategy": "constant", "keep_empty_features": True}
     text = make_pipeline(
-        # A gap is NaN in a table, and None in a request as JSON.
-        SimpleImputer(missing_values=np.nan, **constant),
-        SimpleImputer(missing_values=None, **constant),
+        # Missing text is NaN in a table, and None in a request as JSON.
+        SimpleImputer(missing_values=np.nan, strategy="constant", keep_empty_features=True),
+        SimpleImputer(missing_values=None, strategy="constant", keep_empty_features=True),
         OneHotEncoder(handle_unknown="ignore", max_categories=20, sparse_output=False),
     )
     columns = make_column_transformer(
-        (numbers, list(X.select_dtypes("number"))),
-        (text, list(X.select_dtypes(exclude="number"))),
+        (numbers, make_column_selector(dtype_include="number")),
+        (text, make_column_selector(dtype_exclude="number")),
     )
     return make_pipeline(columns, model)
 
 
-def log_rows(**rows):
-    """Log data sets as inputs of the active run, as in log_rows(training=train, testing=test)."""
-    inputs = {
-        "datasets": [part.dataset for part in rows.values()],
-        "contexts": list(rows),
-        "tags_list": [None] * len(rows),
-    }
-    try:
-        mlflow.log_inputs(**inputs)
-    except mlflow.MlflowException:
-        # Another process has logged the same new rows at the same moment, and MLflow has
-        # refused to store them twice. They are stored now, so a second call finds them.
-        mlflow.log_inputs(**inputs)
+def log_model(model, X, rule, packages, trusted_types):
+    """Log a model to the active run, ready to be served. Returns MLflow's ModelInfo.
 
-
-def log_model(model, X, trusted_types):
-    """Log a fitted model to the active run, ready to be served, and return its model ID.
-
-    X are the rows that it was trained on. The first five become its input example. If the
-    pipeline uses other packages, add them to `packages`, and to PACKAGES in
-    production_deployment.py, which refuses all others.
+    X are the rows that it was fitted on. The rule by which rows were held out goes with it.
     """
-    packages = ["mlflow", "scikit-learn", "skops", "pandas", "numpy", "scipy"]
-    logged = mlflow.sklearn.log_model(
+    return mlflow.sklearn.log_model(
         model,
         name="model",
-        # A pickle can run any code when it is loaded. Skops loads the types that it knows,
-        # and those that are named here.
-        serialization_format="skops",
+        serialization_format="skops",  # a pickle can run any code when it is loaded
         skops_trusted_types=trusted_types,
         signature=mlflow.models.infer_signature(X, model.predict(X.head())),
         input_example=X.head(),
         pip_requirements=[f"{package}=={metadata.version(package)}" for package in packages],
+        metadata={"held_out": rule},
     )
-    return logged.model_id
 
 
 def open_store(experiment):
-    """Select an experiment in the store of MLFLOW_TRACKING_URI, or in mlflow.db in this folder.
-
-    Store and experiment are made if they do not exist. Returns the ID of the experiment.
-    Raises UserError if the store cannot be opened.
-    """
-    for name in ("MLFLOW_RUN_ID", "MLFLOW_REGISTRY_URI"):
-        if os.environ.get(name):
-            raise UserError(f"unset {name}: this script selects its runs and its registry itself")
-    if not mlflow.is_tracking_uri_set():
-        mlflow.set_tracking_uri(f"sqlite:///{Path('mlflow.db').resolve()}")
-    quieten_mlflow()
-
-    uri = mlflow.get_tracking_uri()
-    # Later calls are retried for a minute, as a server may restart. Those below are not.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "5")
-    try:
-        with impatient_requests(), one_process_at_a_time(uri):
-            connect_once(uri)
-            mlflow.set_experiment(experiment)
-            # Twice: if another process makes it at the same moment, the first call returns
-            # it, but does not select it.
-            return mlflow.set_experiment(experiment).experiment_id
-    except Exception as error:
-        message = f"cannot open the store {uri} (down, locked, full, or a wrong login?): {error}"
-        raise UserError(message) from error
-
-
-def quieten_mlflow():
-    """Leave warnings and errors on stderr, but no messages about progress."""
-    logging.getLogger("mlflow").setLevel(logging.WARNING)
-    logging.getLogger("alembic").setLevel(logging.WARNING)
-    # This one logs the errors that it also raises.
-    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
-    # This one warns if there is no pip, as in the environments that uv makes.
-    logging.getLogger("mlflow.utils.environment").setLevel(logging.ERROR)
-    # MLflow looks for the commit of a script. Where git is missing, it prints much advice.
-    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+    """Select an experiment in the store of MLFLOW_TRACKING_URI, or in mlflow.db in this folder."""
+    logging.getLogger("mlflow").setLevel(logging.ERROR)
+    logging.getLogger("alembic").setLevel(logging.ERROR)
+    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")  # without git, no advice about it
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # give up within seconds
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    if not mlflow.is_tracking_uri_set():
+        mlflow.set_tracking_uri("sqlite:///mlflow.db")
+    # Two processes that make the tables of a new database file at once would break it.
+    is_file = mlflow.get_tracking_uri().startswith("sqlite")
+    lock_file = "mlflow.db.lock" if is_file else ":memory:"
+    with closing(sqlite3.connect(lock_file, timeout=60)) as lock:
+        lock.execute("BEGIN EXCLUSIVE")
+        mlflow.set_experiment(experiment)
 
 
-@contextmanager
-def impatient_requests():
-    """Let requests to a server that does not answer fail after seconds, not minutes."""
-    settings = {
-        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
-        "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
-        "PGCONNECT_TIMEOUT": "5",
-    }
-    before = {name: os.environ.get(name) for name in settings}
-    os.environ.update(settings)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name)
-            if value is not None:
-                os.environ[name] = value
+def where_to_look(run):
+    """Return how to open the page of a run in the MLflow UI."""
+    page = f"#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
+    store = hide_login(mlflow.get_tracking_uri())
+    server = "http://127.0.0.1:5000"
+    command = f'mlflow ui --backend-store-uri "{store}", then open '
+    if store.startswith("http"):
+        server, command = store, ""
+    return f"Look:  {command}{server}/{page}?workflowType=machine_learning"
 
 
-def connect_once(uri):
-    """Raise an error if the store is a database server that cannot be reached.
-
-    MLflow itself would try for 100 seconds, in silence.
-    """
-    if uri.startswith(("postgresql", "mysql", "mssql")):
-        sqlalchemy.create_engine(uri).connect().close()
-
-
-@contextmanager
-def one_process_at_a_time(uri):
-    """Let one process make the tables of a new SQLite store, while others wait for it.
-
-    The lock is an SQLite database of its own. That works on every system, and if the process
-    ends, so does the lock.
-    """
-    if not uri.startswith("sqlite:///"):
-        yield
-        return
-    lock = sqlalchemy.make_url(uri).database + ".lock"
-    with closing(sqlite3.connect(lock, timeout=60)) as connection:
-        connection.execute("BEGIN EXCLUSIVE")
-        yield
-
-
-def where_to_look(experiment_id, order_by="attributes.start_time"):
-    """Return how to open the runs of an experiment in the MLflow UI, the highest first."""
-    uri = mlflow.get_tracking_uri()
-    page = f"#/experiments/{experiment_id}/runs?workflowType=machine_learning"
-    page += f"&orderByKey={quote(order_by)}&orderByAsc=false"
-    if uri.startswith("http"):
-        return f"Look:  {hide_secrets(uri)}/{page}"
-    command = shlex.join(["mlflow", "ui", "--backend-store-uri", hide_secrets(uri)])
-    return f"Look:  {command}\n       then open http://127.0.0.1:5000/{page}"
-
-
-def command_line(script, *options, args):
-    """Return the command that starts a script of this folder on the same data and metric."""
-    path = Path(sys.argv[0]).with_name(script)
-    # A notebook's argv[0] is a file of Jupyter, with no script beside it.
-    command = ["python", str(path if path.is_file() else script), *options]
-    if args.csv is not None:
-        command += ["--csv", args.csv, "--target", args.target]
-    if args.metric != "accuracy":
-        command += ["--metric", args.metric]
-    return shlex.join(command)
-
-
-def hide_secrets(uri):
-    """Return the address of a store without its user, password, token and options."""
-    scheme, mark, rest = uri.partition("://")
-    if not mark or scheme == "sqlite":
-        return uri
-    _, at, place = rest.rpartition("@")
-    place = place.partition("?")[0]  # only now, as a password may contain a "?"
-    return f"{scheme}://USER:PASSWORD@{place}" if at else f"{scheme}://{place}"
-
-
-def run_as_program(main):
-    """Run `main` and return an exit code; errors that the user can fix become one line on stderr.
-
-    0: done. 1: refused. 2: bad input, or a store that fails. 130: Ctrl-C. An unexpected error
-    keeps its traceback, and Python then exits with 1, too.
-    """
-    signal.signal(signal.SIGINT, interrupt_after_mlflow_call)
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # "?" for a letter that the terminal cannot show
-    try:
-        main()
-        return 0
-    except KeyboardInterrupt as error:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # already stopping
-        message = str(error) or "by Ctrl-C"
-        code = 130
-    except UserError as error:
-        message = str(error)
-        code = error.exit_code
-    except (OSError, mlflow.MlflowException) as error:
-        # The cause names the trouble, such as a full disk, better than MLflow's own text.
-        message = str(error.__cause__ or error)
-        code = 2
-    uri = mlflow.get_tracking_uri()
-    message = message.replace(uri, hide_secrets(uri))
-    print("Stopped:", message.partition("\n")[0], file=sys.stderr)
-    return code
-
-
-def interrupt_after_mlflow_call(signal_number, frame, deadline=None):
-    """Let Ctrl-C stop the program, but only after a call of MLflow that is under way.
-
-    Otherwise, a write that is cut short leaves a run RUNNING, or the database locked. After
-    half a minute, it stops all the same: a server may be unreachable. Functions that you copy
-    from this script do not need it.
-    """
-    deadline = deadline or time.monotonic() + 30
-    modules = [one.f_globals.get("__name__", "") for one, _ in traceback.walk_stack(frame)]
-    in_mlflow = any(module.split(".")[0] == "mlflow" for module in modules)
-    if not in_mlflow or time.monotonic() >= deadline:
-        raise KeyboardInterrupt
-    again = partial(interrupt_after_mlflow_call, deadline=deadline)
-    signal.signal(signal_number, again)
-    retry = threading.Timer(0.05, signal.raise_signal, [signal_number])
-    retry.daemon = True
-    retry.start()
+def hide_login(text):
+    """Return a text without the logins in its addresses."""
+    return re.sub(r"//[^/\s]*@", "//USER:PASSWORD@", text)
 
 
 if __name__ == "__main__":
-    sys.exit(run_as_program(main))
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (UserError, OSError, sqlite3.Error, mlflow.MlflowException) as error:
+        first_line = hide_login(str(error)).partition("\n")[0]
+        print(f"Stopped: {first_line}", file=sys.stderr)
+        sys.exit(2)
