@@ -3,7 +3,7 @@
 import fcntl
 import os
 import pickle
-import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,8 +20,8 @@ SCRIPTS = ("hyperparameter_tuning.py", "model_comparison.py", "production_deploy
 SOON = 30  # seconds, for what takes 10 at the most: the machine may be slow, and another test runs
 
 
-# Files that take minutes. They start first, so that no core idles at the end.
-LONG_FILES = ["comparison", "deployment", "team", "tuning", "own_data", "main_job", "readme"]
+# Files that take longest start first, so that no core idles at the end.
+LONG_FILES = ["main_job", "deployment", "readme", "store", "own_data"]
 
 
 def pytest_collection_modifyitems(items):
@@ -87,21 +87,6 @@ def store(folder):
     return mlflow.MlflowClient()
 
 
-def printed_table(text):
-    """Return the table that the comparison prints: {model: {column: text}}."""
-    lines = text.splitlines()
-    start = next(i for i, line in enumerate(lines) if line.split()[:1] == ["model"])
-    # All columns are flush right, so each ends where its name ends. One name has spaces in it.
-    names = [*re.finditer("against the best|[^ ]+", lines[start])]
-    table = {}
-    for line in lines[start + 1 : lines.index("", start)]:
-        row = {}
-        for left, name in zip([None, *names], names, strict=False):
-            row[name[0]] = line[left.end() if left else 0 : name.end()].strip()
-        table[row.pop("model")] = row
-    return table
-
-
 def children(parent):
     """Return the child runs of a run, by their name."""
     runs = mlflow.MlflowClient().search_runs(
@@ -120,20 +105,46 @@ def parents(experiment):
     return [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
 
 
-@pytest.fixture(scope="session")
-def main_job(tmp_path_factory):
-    """The README's main job in an empty folder, done twice: the folder, and what was printed.
-
-    Of the processes that pytest-xdist starts, one does it while those that need it wait.
-    """
+def made_once(tmp_path_factory, name, make):
+    """Return a folder that one of pytest-xdist's processes fills, while the others wait."""
     shared = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         shared = shared.parent
-    folder, printed = shared / "main-job", shared / "main-job.pickle"
-    with open(shared / "main-job.lock", "w") as lock:
+    folder, result = shared / name, shared / f"{name}.pickle"
+    with open(shared / f"{name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not printed.exists():
+        if not result.exists():
             folder.mkdir()
-            sessions = [[run(s, cwd=folder, timeout=600) for s in SCRIPTS] for _ in range(2)]
-            printed.write_bytes(pickle.dumps(sessions))
-    return folder, pickle.loads(printed.read_bytes())
+            result.write_bytes(pickle.dumps(make(folder)))
+    return folder, pickle.loads(result.read_bytes())
+
+
+@pytest.fixture(scope="session")
+def main_job(tmp_path_factory):
+    """The README's main job in an empty folder, and a second deployment.
+
+    Returns the folder, and the four finished processes.
+    """
+
+    def make(folder):
+        return [run(script, cwd=folder, timeout=600) for script in (*SCRIPTS, SCRIPTS[2])]
+
+    return made_once(tmp_path_factory, "main-job", make)
+
+
+@pytest.fixture(scope="session")
+def new_store(tmp_path_factory):
+    """A database with MLflow's tables and nothing in them, which take seconds to make."""
+
+    def make(folder):
+        store(folder)
+        mlflow.search_experiments()
+
+    return made_once(tmp_path_factory, "new-store", make)[0] / "mlflow.db"
+
+
+@pytest.fixture
+def folder(tmp_path, new_store):
+    """A folder to run scripts in, with a store that is empty."""
+    shutil.copy(new_store, tmp_path)
+    return tmp_path

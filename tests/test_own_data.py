@@ -1,8 +1,9 @@
-"""One's own table: what may stand in it, what may not, and the three scripts one after another."""
+"""One's own table: who is held out, what may stand in it, and what is refused in one line."""
 
-import ast
+import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 
@@ -24,367 +25,274 @@ from conftest import (
     store,
     user_env,
 )
-from sklearn.pipeline import Pipeline
-from sklearn.svm import SVC
+from mlflow.pyfunc import scoring_server
+from sklearn.linear_model import LogisticRegression
 
 import hyperparameter_tuning
 import model_comparison
 import production_deployment
 
-MODULES = (hyperparameter_tuning, model_comparison, production_deployment)
-TARGET = "class, of it"
-NAME = "kunden-2026-class-of-it-classifier"
-ONE_CORE = {"LOKY_MAX_CPU_COUNT": "1"}  # of so few trials and folds it is the faster way
-README = (ROOT / "README.md").read_text()
-FEW = Code("lambda n_rows, seed: {'logistic_regression': LogisticRegression(), 'svm': LinearSVC()}")
+MODULES = [hyperparameter_tuning, model_comparison, production_deployment]
+TARGET = "verlässt uns"
 
 
-def odd_table():
-    """Return 300 rows of what tables hold: gaps, text, dates, yes and no, odd names, no values."""
+def mixed_table(n_rows=300):
+    """Return rows of what tables hold: numbers and text with gaps, dates, yes and no, odd names.
+
+    Text that is missing says the most about the class.
+    """
     rng = np.random.default_rng(0)
-    kind = rng.integers(0, 3, 300)
+    leaves = rng.random(n_rows) < 0.4
+    color = np.array(["rot", "grün"], dtype=object)[rng.integers(0, 2, n_rows)]
     table = pd.DataFrame(
         {
-            'größe, "cm"': kind * 5 + rng.normal(0, 0.6, 300),
-            "it's a count": rng.integers(0, 9, 300),
-            "farbe": np.array(["rot", "grün", None, "blau"], dtype=object)[rng.integers(0, 4, 300)],
-            "since": pd.date_range("2026-01-01", periods=300, freq="D").strftime("%Y-%m-%d"),
-            "active": np.array([True, False, None], dtype=object)[rng.integers(0, 3, 300)],
-            "last": kind == 2,
+            "größe in cm": leaves + rng.normal(0, 2, n_rows),
+            "count": rng.integers(0, 1000, n_rows),
+            "color": np.where(leaves & (rng.random(n_rows) < 0.9), None, color),
+            "since": pd.date_range("2026-01-01", periods=n_rows).strftime("%Y-%m-%d"),
+            "active": np.array([True, False, None], dtype=object)[rng.integers(0, 3, n_rows)],
             "empty": np.nan,
-            "seldom": np.array([None] * 3 + ["once"] + [None] * 296, dtype=object),
-            TARGET: np.array(["a b", "ü", "1"], dtype=object)[kind],
+            TARGET: np.where(leaves, "ja, bald", "nein"),
         }
     )
-    table.loc[::9, "empty"] = np.nan
-    table.loc[1::9, "it's a count"] = None
-    table.loc[::50, TARGET] = None
+    table.loc[::9, "größe in cm"] = np.nan
+    table.loc[::50, TARGET] = np.nan
     return table
 
 
-def shell(command, folder, **env):
-    """Run a command in bash, as a user does who pastes it."""
-    return subprocess.run(
-        ["bash", "-c", command],
-        cwd=folder,
-        env=user_env(**ONE_CORE, **env),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+def load(table, path, target=TARGET, id_column=None, module=model_comparison):
+    """Write a table to a file, and load it as a script does: training rows and hold-out rows."""
+    table.to_csv(path, index=False)
+    return module.load_data(path, target, id_column, 0.2)
 
 
-def chain(folder, command):
-    """Run the README's line that chains the three scripts, with small settings."""
-    (line,) = re.findall(r"^.*\| follow .*$", README, re.M)
-    (function,) = re.findall(r"^follow\(\) .*$", README, re.M)
-    numpys = Code('{"max_features": ["sqrt", "log2"], "n_estimators": pd.Series([5, 20]).values}')
-    edited(folder, SCRIPTS[0], PARAM_GRID=numpys)
-    edited(folder, SCRIPTS[1], REPEATS=2, make_candidates=FEW)
-    shutil.copy(ROOT / SCRIPTS[2], folder)
-    first = f"python {SCRIPTS[0]}"
-    assert first in line
-    return shell(f"{function}\n{line.replace(first, command)}", folder)
+# ---- Who is held out
 
 
-def digests(run_):
-    return {d.dataset.name: d.dataset.digest for d in run_.inputs.dataset_inputs}
+def test_a_growing_table_moves_no_row_between_training_and_hold_out(tmp_path):
+    """More rows, another order, corrected classes, and whole numbers that become fractions."""
+    table = mixed_table(600)
+    grown = table.assign(count=table["count"].astype(float))
+    grown.loc[300:, "count"] += 0.5
+    grown.loc[400:410, "count"] = np.nan
+    grown[TARGET] = np.roll(table[TARGET].fillna("nein"), 1)
+    for module in MODULES:
+        before = load(table[:300], tmp_path / "june.csv", module=module)
+        after = load(grown.iloc[::-1], tmp_path / "july.csv", module=module)
+        for old, new in zip(before, after, strict=True):
+            assert len(old.X) > 40 and set(old.X["since"]) <= set(new.X["since"])
+        assert 0.15 < len(after[1].X) / 600 < 0.25
 
 
-def check_chain(folder, data, metric, name):
-    """The three sessions in the folder hand on from one to the next, on the same rows."""
-    client = store(folder)
-    (search,), (comparison,), (deployment,) = map(
-        parents, ("hyperparameter-tuning", "model-comparison", "production-deployment")
-    )
-    candidates = children(comparison)
-    tuned = candidates["tuned_forest"].data.params
-    best = {
-        name.removeprefix("best_"): str(ast.literal_eval(value))
-        for name, value in search.data.params.items()
-        if name.startswith("best_")
-    }
-    assert best and best.items() <= tuned.items()
-    assert digests(search) == digests(candidates["svm"]) == digests(deployment)
-    assert set(digests(search)) == {f"{data}-train", f"{data}-test"}
-    assert search.data.params["metric"] == deployment.data.params["metric"] == metric
-    best_score = max(run_.data.metrics[f"cv_{metric}"] for run_ in candidates.values())
-    assert comparison.data.metrics[f"best_cv_{metric}"] == best_score
-    recommended = candidates[comparison.data.params["recommended_model"]]
-    version = client.get_model_version_by_alias(name, "production")
-    assert version.run_id == recommended.info.run_id
+def test_the_share_is_that_of_the_argument():
+    groups = model_comparison.hash_rows(pd.DataFrame({"x": np.arange(20_000.0)}))
+    for share in (0.1, 0.2, 0.5):
+        assert model_comparison.is_held_out(groups, share).mean() == pytest.approx(share, abs=0.01)
 
 
-def test_the_line_that_chains_the_three_on_the_default_data(tmp_path):
-    process = chain(tmp_path, f"python {SCRIPTS[0]}")
-    assert process.returncode == 0, process.stderr
-    check_chain(tmp_path, "breast-cancer", "accuracy", "breast-cancer-classifier")
+@pytest.mark.parametrize("id_column", [None, "count"])
+def test_all_three_scripts_hold_out_the_same_rows(tmp_path, id_column):
+    loaded = [load(mixed_table(), tmp_path / "t.csv", TARGET, id_column, m) for m in MODULES]
+    for part in zip(*loaded, strict=True):
+        assert len({rows.dataset.digest for rows in part}) == 1
+        assert len({rows.rule for rows in part}) == 1
+
+
+@pytest.mark.parametrize("module", MODULES[:2])
+@pytest.mark.parametrize("as_text", [False, True])
+def test_rows_of_one_customer_stay_together(tmp_path, module, as_text):
+    """In the split and in the folds; the ID is no feature, and the other columns do not matter."""
+    rng = np.random.default_rng(0)
+    number = rng.integers(0, 150, 600)
+    who = [f"K-{n}" for n in number] if as_text else number
+    table = pd.DataFrame({"who": who, "x": rng.normal(size=600), "y": number % 3 == 0})
+    train, test = load(table, tmp_path / "t.csv", "y", "who", module)
+    assert list(train.X) == ["x"] and "who" in train.rule
+    trained = {who[row] for row in train.X.index}
+    assert trained.isdisjoint(who[row] for row in test.X.index)
+    folds = module.make_folds(train.y, train.groups, 5, 2, 42)
+    assert len(folds) == 10
+    for fitted, scored in folds:
+        rows = [{who[row] for row in train.X.index[part]} for part in (fitted, scored)]
+        assert rows[0].isdisjoint(rows[1]) and rows[0] | rows[1] == trained
+        assert 0.2 < (train.y.iloc[scored] == "True").mean() < 0.5
+    # Another month: other features, and a row without an ID, which makes fractions of numbers.
+    table.loc[0, "who"] = None
+    later, _ = load(table.assign(x=1), tmp_path / "t.csv", "y", "who", module)
+    assert {who[row] for row in later.X.index} == {who[row] for row in train.X.index if row != 0}
+
+
+def test_equal_rows_stay_together_and_folds_keep_the_shares_of_the_classes(tmp_path):
+    table = mixed_table().dropna(subset=[TARGET])
+    twice, test = load(pd.concat([table, table[:100]]), tmp_path / "t.csv")
+    assert set(twice.X["since"]).isdisjoint(test.X["since"])
+    once, _ = load(table, tmp_path / "t.csv")
+    share = (once.y == "nein").mean()
+    for train in (once, twice):
+        for fitted, scored in model_comparison.make_folds(train.y, train.groups, 5, 2, 42):
+            dates = train.X["since"].to_numpy()
+            assert set(dates[fitted]).isdisjoint(dates[scored])
+            off = (train.y.iloc[scored] == "nein").sum() - share * len(scored)
+            assert abs(off) < (1 if train is once else 5)  # rows; groups are harder to deal out
+
+
+# ---- What may stand in it
+
+
+@pytest.mark.parametrize(
+    ("column", "classes"),
+    [
+        ([1, 0], {"1", "0"}),
+        ([1, None, 0], {"1", "0"}),
+        ([1.0, 0.0], {"1", "0"}),
+        ([0.5, 1.5, None], {"0.5", "1.5"}),
+        ([True, False], {"True", "False"}),
+        ([True, None, False], {"True", "False"}),
+        (["so so", "ü, no"], {"so so", "ü, no"}),
+        (["2", "x", None], {"2", "x"}),
+    ],
+)
+def test_classes_are_named_as_in_the_file(tmp_path, capsys, column, classes):
+    """And rows without a class are counted, and left out."""
+    table = pd.DataFrame({"x": np.arange(120.0), "y": pd.Series(column * 60)[:120]})
+    train, test = load(table, tmp_path / "Some Table.csv", "y")
+    assert set(train.y) == set(test.y) == classes
+    known = table["y"].notna().sum()
+    assert len(train.y) + len(test.y) == known
+    assert f"{known} of 120 rows" in capsys.readouterr().out
+
+
+def test_a_gap_in_a_request_is_the_gap_of_a_table(folder):
+    """The model that is served takes raw rows: null, NaN, and text that it has never seen."""
+    store(folder)
+    mlflow.set_experiment("requests")
+    train, test = load(mixed_table(), folder / "t.csv")
+    model = model_comparison.add_preprocessing(LogisticRegression()).fit(train.X, train.y)
+    with mlflow.start_run():
+        lists = (model_comparison.PACKAGES, model_comparison.TRUSTED)
+        logged = model_comparison.log_model(model, train.X, train.rule, *lists)
+    served = mlflow.pyfunc.load_model(logged.model_uri)
+    rows = test.X.assign(since="tomorrow")
+    expected = list(model.predict(rows))
+    assert rows["color"].isna().any() and list(served.predict(rows)) == expected
+    missing = rows["color"].isna() & (rows["größe in cm"].abs() < 2)
+    assert set(model.predict(rows[missing])) == {"ja, bald"}
+
+    def ask(rows):
+        body = f'{{"dataframe_split": {rows.to_json(orient="split", index=False)}}}'
+        schema = served.metadata.get_input_schema()
+        answer = scoring_server.invocations(body, "application/json", served, schema)
+        return json.loads(answer.response)["predictions"]
+
+    assert "null" in rows.to_json() and ask(rows) == expected
+    alone = rows[missing].head(1)  # a request of one row, which has no text in this column
+    assert ask(alone) == ["ja, bald"]
 
 
 @pytest.fixture(scope="module")
-def own(tmp_path_factory):
-    """The chain on one's own table, in a folder with a space and a letter: folder, table, chain."""
+def chain(tmp_path_factory, new_store):
+    """The search, and what it and the comparison print as the next command, run by a shell."""
     folder = tmp_path_factory.mktemp("own") / "a b é"
     folder.mkdir()
-    table = odd_table()
-    # Numbers that are too large for 64 bits, and a column that identifies the row.
-    large = [10**20 * (row % 7) for row in range(300)]
-    names = [f"Kunde {row}" for row in range(300)]
-    table.assign(large=large, kunde=names).to_csv(folder / "Kunden 2026.csv", index=False)
-    options = f"--csv 'Kunden 2026.csv' --target '{TARGET}' --metric f1"
-    process = chain(folder, f"python '{folder / SCRIPTS[0]}' {options}")
-    return folder, table.assign(large=1e20, kunde=names), process
+    shutil.copy(new_store, folder)
+    table = mixed_table().assign(**{"Kunde Nr": np.arange(300) // 2})
+    table.to_csv(folder / "Kunden 2026.csv", index=False)
+    grid = {"max_depth": [2, 3], "n_estimators": [5]}
+    few = Code("lambda n, seed: {n: add_preprocessing(m) for n, m in FEW.items()}")
+    models = Code("{'baseline': DummyClassifier(), 'logistic_regression': LogisticRegression()}")
+    edited(folder, SCRIPTS[0], PARAM_GRID=grid)
+    edited(folder, SCRIPTS[1], REPEATS=2, FEW=models, make_candidates=few)
+    shutil.copy(ROOT / SCRIPTS[2], folder)
+    options = ["--csv", "Kunden 2026.csv", "--target", TARGET, "--id", "Kunde Nr", "--metric", "f1"]
+    command, processes = shlex.join(["python", str(folder / SCRIPTS[0]), *options]), []
+    while command:
+        how = {"cwd": folder, "env": user_env(LOKY_MAX_CPU_COUNT="1"), "timeout": 120}
+        process = subprocess.run(
+            ["bash", "-c", command], capture_output=True, encoding="utf-8", **how
+        )
+        processes.append((command, process))
+        (command,) = re.findall("^Next: +(.*)$", process.stdout, re.M) or [None]
+    return folder, processes
 
 
-def test_the_line_that_chains_the_three_on_a_csv(own):
-    folder, _, process = own
-    assert process.returncode == 0 and "Warning" not in process.stderr, process.stderr
-    assert f"kunden-2026: 294 of 300 rows have a '{TARGET}'" in process.stdout
-    check_chain(folder, "kunden-2026", "f1", NAME)
-    # Text that is different in nearly every row is pointed out: names, and dates as text.
-    named = re.findall("^Note: '(.+)' differs in nearly every row", process.stdout, re.M)
-    assert named == ["since", "kunde"]
-    # Nothing is left beside the folder, and in it only what is promised.
-    assert os.listdir(folder.parent) == [folder.name]
-    made = {"mlflow.db", "mlflow.db.lock", "mlruns"}
-    assert set(os.listdir(folder)) - {"__pycache__"} == made | {*SCRIPTS, "Kunden 2026.csv"}
-
-
-def test_the_model_that_is_served_takes_raw_rows(own, tmp_path):
-    """With gaps and with text that it has never seen, by the guide's command as it is printed."""
-    folder, table, process = own
-    raw = table.dropna(subset=[TARGET]).head(20)
-    raw.loc[raw.index[3], "farbe"] = "violett"
-    request = raw.drop(columns=TARGET).to_json(orient="split", index=False)
-    (tmp_path / "request").mkdir()
-    path = tmp_path / "request" / "serving_input_example.json"
-    path.write_text(f'{{"dataframe_split": {request}}}')
-    (export,) = re.findall(r"^    (export MLFLOW_TRACKING_URI=.*)$", process.stdout, re.M)
-    (predict,) = re.findall(r"^    (mlflow models predict .*)$", process.stdout, re.M)
-    batch = shell(f"{export}\n{predict}", tmp_path)
-    assert batch.returncode == 0, batch.stderr
-    answers = pd.read_json(tmp_path / "predictions.json", dtype=False)["predictions"].astype(str)
-    assert (answers.to_numpy() == raw[TARGET].to_numpy()).mean() >= 0.9
-    # A gap in a request, None, is the same to it as one in a table, nan.
-    store(folder)
-    model = mlflow.pyfunc.load_model(f"models:/{NAME}@production")
-    rows, words = raw.drop(columns=TARGET), ("farbe", "since", "seldom", "kunde")
-    rows = rows.assign(**{n: rows[n].astype("float64") for n in rows if n not in words})
-    gap = [
-        rows.assign(farbe=pd.Series([value] * 20, rows.index, dtype=object))
-        for value in (None, np.nan)
-    ]
-    assert list(model.predict(gap[0])) == list(model.predict(gap[1]))
-
-
-def test_printed_commands_work_in_a_folder_with_a_space_and_a_letter(own):
-    """Next, Undo, and the resuming of a search that was cut short."""
-    folder, _, process = own
-    name = NAME
+def test_the_printed_commands_lead_from_a_table_to_production(chain):
+    """On the same rows, by the same metric; file, folder and column have spaces and letters."""
+    folder, processes = chain
+    assert len(processes) == 3
+    for command, process in processes:
+        assert_success(process)
+        passed = ["--csv Kunden 2026.csv", "--target verlässt uns", "--id Kunde Nr", "--metric f1"]
+        assert all(option in " ".join(shlex.split(command)) for option in passed)
+    assert "kunden-2026: 294 of 300 rows have a class" in processes[0][1].stdout
     client = store(folder)
-    deploy = re.findall(r"^Next: +(.*)$", process.stderr, re.M)[-1]  # `follow` shows it there
-    again = shell(deploy, folder)
-    assert_success(again)
-    assert str(client.get_model_version_by_alias(name, "production").version) == "2"
-    (undo,) = re.findall(r"^Undo: +(.*)$", again.stdout, re.M)
-    assert_success(shell(undo, folder))
-    assert str(client.get_model_version_by_alias(name, "production").version) == "1"
+    experiments = ("hyperparameter-tuning", "model-comparison", "production-deployment")
+    (search,), (comparison,), (deployment,) = map(parents, experiments)
+    data = [
+        {d.dataset.name: d.dataset.digest for d in run.inputs.dataset_inputs}
+        for run in (search, comparison, deployment)
+    ]
+    assert data[0] == data[1] == data[2] and len(data[0]) == 2
+    candidates = children(comparison)
+    assert set(candidates) == {"baseline", "logistic_regression", "tuned_forest"}
+    best = children(search)[search.data.tags["best_trial"]].data.params
+    assert best.items() <= candidates["tuned_forest"].data.params.items()
+    recommended = candidates[comparison.data.tags["recommended_model"]]
+    name = deployment.data.tags["registered_model"]
+    version = client.get_model_version_by_alias(name, "production")
+    assert name.startswith("kunden-2026-") and version.run_id == recommended.info.run_id
+    columns = mlflow.models.get_model_info(f"models:/{name}@production").signature.inputs
+    assert columns.input_names() == list(mixed_table().drop(columns=TARGET))
+    made = {"mlflow.db", "mlflow.db.lock", "mlruns", "Kunden 2026.csv", *SCRIPTS}
+    assert set(os.listdir(folder)) == made and os.listdir(folder.parent) == [folder.name]
 
-    (search,) = parents("hyperparameter-tuning")
-    trials = children(search)
-    client.update_run(search.info.run_id, status="KILLED")
-    client.delete_run(trials["trial-0003"].info.run_id)
-    options = ("--csv", "Kunden 2026.csv", "--target", TARGET, "--metric", "f1")
-    resume = ("--resume", search.info.run_id)
-    resumed = run(folder / SCRIPTS[0], *options, *resume, cwd=folder, **ONE_CORE)
-    assert_success(resumed)
-    assert "\n1 trials of 5 folds" in resumed.stdout
-    (search,) = parents("hyperparameter-tuning")
-    assert search.info.status == "FINISHED" and set(children(search)) == set(trials)
-    assert os.listdir(folder.parent) == [folder.name]
 
-
-def test_a_terminal_that_lacks_the_letters_gets_substitutes(tmp_path):
-    """cp1252 is that of Western Windows: what it cannot show is printed as "?"."""
-    table = pd.DataFrame({"температура": range(60), "ответ": ["нет"] * 30 + ["да"] * 30})
-    table.to_csv(tmp_path / "таблица.csv", index=False)
-    western = {"cwd": tmp_path, "PYTHONIOENCODING": "cp1252"}
-    process = run(SCRIPTS[2], "--csv", "таблица.csv", "--target", "ответ", **western)
-    assert_success(process)
-    assert "table: 60 of 60 rows have a '?????'" in process.stdout
-    version = store(tmp_path).get_model_version_by_alias("table-table-classifier", "production")
-    assert str(version.version) == "1"
-    for script in SCRIPTS[:2]:
-        process = run(script, "--csv", "таблица.csv", "--target", "ключ", **western)
-        assert_one_line(process, "table needs a column '????' (--target)", "'???????????', '?????'")
-
+# ---- What is refused
 
 ROWS = {"x": range(60), "y": ["a", "b"] * 30}
 UNUSABLE = {
-    "missing": (None, "y", "No such file"),
-    "empty": ("", "y", "No columns"),
-    "not a table": ("y\n1\n1,2\n", "y", "Expected 1 fields in line 3"),
-    "not text": (b"\x89PNG", "y", "can't decode"),
-    "unknown target": (ROWS, "z", "a column 'z' (--target) and others beside it, but has 'x', 'y'"),
-    "no features": (
-        {"y": ["a", "b"] * 30},
-        "y",
-        "a column 'y' (--target) and others beside it, but has 'y'",
-    ),
-    "infinite": (ROWS | {"z": [-np.inf, *range(59)]}, "y", "column 'z' has infinite numbers"),
-    "one class": (ROWS | {"y": "a"}, "y", "'y' needs 2 or more classes"),
-    "a rare class": (ROWS | {"y": ["a"] * 54 + ["b"] * 6}, "y", "7 or more rows"),
-    "a continuous target": (ROWS, "x", "'x' needs 2 or more classes"),
+    "missing file": (None, [], "No such file"),
+    "empty file": ("", [], "No columns"),
+    "no table": ("x,y\n1,a\n1,2,3,4\n", [], "Expected 2 fields in line 3"),
+    "wrong encoding": ("x,y\nä,a\n".encode("latin-1"), [], "can't decode"),
+    "unknown target": (ROWS, ["--target", "z"], "needs columns ['z'] and others"),
+    "unknown ID": (ROWS, ["--id", "z"], "needs columns ['y', 'z'] and others"),
+    "only a target": ({"y": ["a", "b"] * 30}, [], "needs columns ['y'] and others"),
+    "only target and ID": (ROWS, ["--id", "x"], "needs columns ['y', 'x'] and others"),
+    "infinite": (ROWS | {"z": [-np.inf, *range(59)]}, [], "infinite numbers"),
+    "one class": (ROWS | {"y": "a"}, [], "2 or more classes"),
+    "rare class": (ROWS | {"y": ["a"] * 57 + ["b"] * 3}, [], "or more different training rows"),
+    "a quantity": (ROWS | {"y": np.arange(60) % 40 / 4}, [], "40 numbers: too many for classes"),
+    "tiny table": ({"x": [1, 2, 3], "y": ["a", "b", "a"]}, [], "--id"),
+    "few distinct rows": (ROWS | {"x": 1}, [], "--id"),
 }
 
 
-def write_table(path, content):
-    """Write a table, text or bytes to a file; None makes none."""
+def write(path, content):
     if isinstance(content, dict):
-        content = pd.DataFrame(content).to_csv(index=False)
-    if isinstance(content, str):
-        content = content.encode()
-    if content is not None:
-        path.write_bytes(content)
+        pd.DataFrame(content).to_csv(path, index=False)
+    elif content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
 @pytest.mark.parametrize("case", UNUSABLE)
-def test_a_file_that_cannot_be_used_is_named_and_leaves_nothing(case, tmp_path, monkeypatch):
-    content, target, words = UNUSABLE[case]
-    write_table(tmp_path / "table.csv", content)
+def test_a_table_that_cannot_be_used_is_refused_before_anything_is_stored(
+    case, tmp_path, monkeypatch
+):
+    content, options, words = UNUSABLE[case]
+    write(tmp_path / "t.csv", content)
     monkeypatch.chdir(tmp_path)
-    for script in MODULES:
-        with pytest.raises(script.UserError, match=re.escape(words)):
-            script.main(["--csv", "table.csv", "--target", target])
-    assert set(os.listdir(tmp_path)) <= {"table.csv"}
+    for module in MODULES:
+        with pytest.raises(module.UserError, match=re.escape(words)):
+            module.main(["--csv", "t.csv", "--target", "y", *options])
+    assert set(os.listdir(tmp_path)) <= {"t.csv"}
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_a_file_that_cannot_be_used_ends_in_one_line(script, tmp_path):
-    content, target, words = list(UNUSABLE.values())[SCRIPTS.index(script)]
-    write_table(tmp_path / "table.csv", content)
-    args = ("--csv", "table.csv", "--target", target)
+@pytest.mark.parametrize(
+    ("script", "case"), [*zip(SCRIPTS, ["missing file", "a quantity", "tiny table"], strict=True)]
+)
+def test_a_refusal_is_one_line_and_exit_code_2(script, case, tmp_path):
+    content, options, words = UNUSABLE[case]
+    write(tmp_path / "t.csv", content)
+    args = ("--csv", "t.csv", "--target", "y", *options)
     assert_one_line(run(script, *args, cwd=tmp_path, timeout=SOON), words)
-    assert set(os.listdir(tmp_path)) <= {"table.csv"}
-
-
-def test_the_smallest_table_and_columns_of_dates_are_taken(tmp_path, capsys):
-    """Seven rows of a class are enough. Up to 20 different texts are never pointed out."""
-    days = pd.date_range("2026-01-01", periods=14).strftime("%Y-%m-%d %H:%M")
-    write_table(tmp_path / "few.csv", {"day": days, "y": ["a", "b"] * 7, "z": 1})
-    train, test = model_comparison.load_data(tmp_path / "few.csv", "y")
-    assert "Note" not in capsys.readouterr().out
-    assert (len(train.X), len(test.X)) == (11, 3) and list(train.X) == ["day", "z"]
-    assert min(train.y.value_counts()) == 5
-    many = {"day": [f"day {number}" for number in range(60)], **ROWS}
-    many["mostly"] = [f"text {min(number, 53)}" for number in range(60)]
-    # "x" numbers the rows. These do not: numbers with a fraction, and those with a repetition.
-    many["fraction"] = [number + 0.5 for number in range(60)]
-    many["repeated"] = [max(number, 1) for number in range(60)]
-    write_table(tmp_path / "many.csv", many)
-    model_comparison.load_data(tmp_path / "many.csv", "y")
-    notes = re.findall("^Note: '(.*)' differs in nearly every", capsys.readouterr().out, re.M)
-    assert notes == ["day", "x"]
-
-
-def test_words_that_count_as_a_missing_class_are_named(tmp_path, capsys):
-    """pandas reads "None" and "NA" as missing: who means a class by them has to know."""
-    table = {"x": 0.5, "y": ["a"] * 20 + ["b"] * 20 + ["None"] * 10 + ["NA"] * 5 + [""] * 5}
-    write_table(tmp_path / "words.csv", table)
-    for script in MODULES:
-        train, test = script.load_data(tmp_path / "words.csv", "y")
-        assert set(train.y) | set(test.y) == {"a", "b"} and len(train.y) + len(test.y) == 40
-        assert re.findall("^Note: .*$", capsys.readouterr().out, re.M) == [
-            f"Note: '{word}' counts as a missing 'y'; if it is a class, rename it"
-            for word in ("NA", "None")
-        ]
-    # Rows with a field more than the header: pandas takes their first one for an index.
-    rows = "".join(f"{i},0.5,{word}\n" for i, word in enumerate(table["y"]))
-    write_table(tmp_path / "index.csv", f"x,y\n{rows}")
-    model_comparison.load_data(tmp_path / "index.csv", "y")
-    assert "Note: 'None' counts" in capsys.readouterr().out
-    write_table(tmp_path / "empty.csv", table | {"y": ["a"] * 28 + [""] * 4 + ["b"] * 28})
-    model_comparison.load_data(tmp_path / "empty.csv", "y")
-    assert "Note" not in capsys.readouterr().out
-
-
-def test_the_digest_covers_every_cell_and_name():
-    """MLflow's own one stops after 10,000 rows, and leaves out text with gaps."""
-    X = pd.DataFrame({"number": np.arange(10_100.0), "text": ["a", "b", None, "c"] * 2525})
-    y = pd.Series(["no", "yes"] * 5050, name="y")
-
-    def digest(X, y):
-        return model_comparison.make_rows(X, y, "any").dataset.digest
-
-    first = digest(X, y)
-    assert first == digest(X.copy(), y.copy()) and re.fullmatch("[0-9a-f]{8}", first)
-    late, word, label = X.copy(), X.copy(), y.copy()
-    late.loc[10_099, "number"] = -1
-    word.loc[0, "text"] = "z"
-    label[10_099] = "no"
-    changed = {digest(late, y), digest(word, y), digest(X, label), digest(X[::-1], y[::-1])}
-    changed.add(digest(X.rename(columns={"text": "words"}), y))
-    assert len(changed) == 5 and first not in changed
-
-
-def test_each_table_and_class_column_has_a_registered_model_of_its_own():
-    """A model for another column must not take the place of this one in production."""
-    name = production_deployment.registered_name
-    assert name(None, "diagnosis") == "breast-cancer-classifier"
-    assert name("data/Customers 2.csv", "churned") == "customers-2-churned-classifier"
-    assert name("data/Customers 2.csv", "Plan B") == "customers-2-plan-b-classifier"
-
-
-def test_what_is_no_search_of_these_rows_is_not_compared(main_job, tmp_path):
-    """Another search, a comparison and a run that does not exist; nothing is logged of it."""
-    store(main_job[0])
-    (search, *_), (comparison, *_) = map(parents, ("hyperparameter-tuning", "model-comparison"))
-    before = len(parents("model-comparison"))
-    write_table(tmp_path / "table.csv", ROWS)
-    own = ("--csv", str(tmp_path / "table.csv"), "--target", "y")
-    for args in ((search.info.run_id, *own), (comparison.info.run_id,)):
-        with pytest.raises(model_comparison.UserError, match=f"{args[0]} is not a finished search"):
-            model_comparison.main(["--tuned", *args])
-    assert_one_line(run(SCRIPTS[1], "--tuned", "0" * 32, cwd=main_job[0]), "0" * 32)
-    assert len(parents("model-comparison")) == before
-
-
-def test_the_support_vector_machine_scales_to_many_rows(capsys):
-    """Above 10,000 rows an approximation takes the place of the SVC, said in one line."""
-    assert isinstance(model_comparison.make_candidates(10_000, 0)["svm"], SVC)
-    assert capsys.readouterr().out == ""
-    svm = model_comparison.make_candidates(10_001, 0)["svm"]
-    assert isinstance(svm, Pipeline) and "linearsvc__C" in svm.get_params()
-    assert "svm: LinearSVC on a Nystroem approximation" in capsys.readouterr().out
-    X = pd.DataFrame(np.random.default_rng(0).normal(size=(10_001, 3)), columns=list("abc"))
-    y = (X["a"] * X["b"] > 0).astype(str).rename("y")
-    rows = model_comparison.make_rows(X, y, "many")
-    folds = model_comparison.make_folds(rows, 5, 30, 0)
-    assert len(folds) == 2 * 5
-    model = model_comparison.add_preprocessing(svm, X)
-    scores = model_comparison.score_folds(model, X, y, folds[:2], model_comparison.METRICS)
-    assert scores["accuracy"].mean() > 0.95
-
-
-def test_the_ci_recipe_goes_by_exit_codes(tmp_path):
-    (recipe,) = re.findall(r"^set -euo pipefail.*?^exit \$status$", README, re.M | re.S)
-    edited(tmp_path, SCRIPTS[1], REPEATS=2, make_candidates=FEW)
-
-    def job():
-        return shell(recipe, tmp_path)
-
-    shutil.copy(ROOT / SCRIPTS[2], tmp_path)
-    process = job()
-    assert_success(process)
-    assert "is in production." in process.stdout
-    floor = "MetricThreshold(threshold=0.999, greater_is_better=True)"
-    edited(tmp_path, SCRIPTS[2], GATE=Code(f'{{"score": {floor}}}'))
-    process = job()
-    assert_one_line(process, "version 2 misses a limit", code=1)
-    assert "Refused, or an unexpected error" in process.stdout
-    client = store(tmp_path)
-    production = client.get_model_version_by_alias("breast-cancer-classifier", "production")
-    assert str(production.version) == "1"
-    (tmp_path / SCRIPTS[1]).write_text("raise SystemExit(2)")
-    assert job().returncode == 2
-    assert len(parents("production-deployment")) == 2
+    assert set(os.listdir(tmp_path)) <= {"t.csv"}
