@@ -294,6 +294,16 @@ def test_a_candidate_that_fails_keeps_its_traceback_and_leaves_no_run_open(folde
     assert {n: r.info.status for n, r in children(comparison).items()} == {"baseline": "FINISHED"}
 
 
+def test_one_fold_that_fails_is_an_error_and_no_gap_in_the_scores(monkeypatch):
+    monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "1")
+    X, y = pd.DataFrame({"a": np.arange(6.0)}), pd.Series(["no", "yes"] * 3)
+    folds = [([0, 1, 2, 3], [4, 5]), ([0, 2, 4], [1, 3])]  # the second trains on one class only
+    model = script.add_preprocessing(LogisticRegression())
+    assert script.score_folds(model, X, y, script.SCORERS, folds[:1]).notna().all(axis=None)
+    with pytest.raises(ValueError, match="one class"):
+        script.score_folds(model, X, y, script.SCORERS, folds)
+
+
 class Recorder(mlflow.pyfunc.PythonModel):
     """A model that writes its name to a file when it predicts. Model a is slow at first only."""
 
