@@ -379,7 +379,7 @@ def load_data(csv, target, id_column, test_size):
     name = table_name(csv)
     table = read_table(csv)
     keys = [target] if id_column is None else [target, id_column]
-    if not set(keys) < set(table):
+    if target == id_column or not set(keys) < set(table):
         raise UserError(f"{name} needs columns {keys} and others, but has {list(table)}")
     complete = table.dropna(subset=keys)
     y = read_classes(complete[target])
@@ -389,8 +389,11 @@ def load_data(csv, target, id_column, test_size):
     if np.isinf(X.select_dtypes("number")).any(axis=None):
         raise UserError(f"{name} has infinite numbers: leave those cells empty")
 
-    # Equal rows have the same hash. With an ID, so do all rows of the same ID.
-    groups = hash_rows(features if id_column is None else features[[id_column]])
+    # Equal rows have the same hash. With an ID, so do all rows of the same ID. It is hashed as
+    # text, because a later table may have IDs that are no numbers.
+    groups = hash_rows(features)
+    if id_column is not None:
+        groups = hash_rows(complete[[id_column]].convert_dtypes().astype(str))
     held_out = is_held_out(groups, test_size)
     print(f"{name}: {len(y)} of {len(table)} rows have a class, {held_out.sum()} are held out")
     check_split(y, groups, held_out, test_size)
@@ -443,7 +446,7 @@ def is_held_out(groups, share):
 
 def check_split(y, groups, held_out, test_size, n_folds=5):
     """Raise UserError unless the hold-out has its share, and each class is in every fold."""
-    if not abs(held_out.mean() - test_size) < 0.1:
+    if abs(held_out.mean() - test_size) > 0.1:
         raise UserError(
             f"the hold-out would be {held_out.mean():.0%} of the rows, as they are few or many are "
             "equal: name a column that tells them apart with --id"

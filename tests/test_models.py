@@ -54,7 +54,7 @@ class Shop:
         self.files = Path(mlflow.artifacts.download_artifacts(uri))
 
     def copy(self, change):
-        """Put a changed copy of the model into the store; return its ID and the file it may leave."""
+        """Put a changed copy into the store; return its ID and the file that it may leave."""
         client = mlflow.MlflowClient()
         made = client.create_logged_model(
             self.run.experiment_id, name="model", source_run_id=self.run.run_id
@@ -248,7 +248,7 @@ def test_a_changed_model_is_refused_and_none_of_its_code_runs(change, shop):
 
 
 def test_mlflow_alone_would_run_their_code(shop):
-    """So that the test above can fail. What replaces skops runs only where skops is not imported."""
+    """So that the test above can fail. What replaces skops runs only if that is not imported."""
     ran = []
     for change in RUN_CODE:
         model_id, mark = shop.copy(change)

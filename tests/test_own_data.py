@@ -260,6 +260,8 @@ UNUSABLE = {
     "only target and ID": (ROWS, ["--id", "x"], "needs columns ['y', 'x'] and others"),
     "infinite": (ROWS | {"z": [-np.inf, *range(59)]}, [], "infinite numbers"),
     "one class": (ROWS | {"y": "a"}, [], "2 or more classes"),
+    "no class": (ROWS | {"y": [None] * 60}, [], "2 or more classes"),
+    "target as ID": (ROWS, ["--id", "y"], "needs columns"),
     "rare class": (ROWS | {"y": ["a"] * 57 + ["b"] * 3}, [], "or more different training rows"),
     "a quantity": (ROWS | {"y": np.arange(60) % 40 / 4}, [], "40 numbers: too many for classes"),
     "tiny table": ({"x": [1, 2, 3], "y": ["a", "b", "a"]}, [], "--id"),
@@ -296,3 +298,15 @@ def test_a_refusal_is_one_line_and_exit_code_2(script, case, tmp_path):
     args = ("--csv", "t.csv", "--target", "y", *options)
     assert_one_line(run(script, *args, cwd=tmp_path, timeout=SOON), words)
     assert set(os.listdir(tmp_path)) <= {"t.csv"}
+
+
+def test_the_rows_of_an_id_stay_held_out_when_an_id_is_no_number_any_more(tmp_path):
+    """In June, the column holds numbers; in July, text."""
+    june = pd.DataFrame({"id": range(600), "x": range(600), "y": ["a", "b"] * 300})
+    july = pd.concat([june.astype({"id": object}), june.tail(1).assign(id="K-1")])
+    held_out = []
+    for name, table in (("june", june), ("july", july)):
+        table.to_csv(tmp_path / f"{name}.csv", index=False)
+        _, test = hyperparameter_tuning.load_data(tmp_path / f"{name}.csv", "y", "id", 0.2)
+        held_out.append(set(test.X["x"]) - {599})
+    assert held_out[0] == held_out[1]
