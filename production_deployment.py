@@ -67,6 +67,7 @@ from sklearn.metrics import (
 )
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
+from sqlalchemy.exc import SQLAlchemyError
 from threadpoolctl import threadpool_limits
 
 EXPERIMENT = "production-deployment"
@@ -617,6 +618,7 @@ def check_split(y, groups, held_out, test_size, n_folds=5):
 
 def select_rows(X, y, groups, mask, name, rule):
     """Return the Rows for which the mask is True, with an MLflow data set of this name."""
+    quieten_mlflow()
     table = X[mask].assign(**{y.name: y[mask]})
     # MLflow's own digest leaves out the rows after the first 10,000.
     digest = f"{hash_rows(table).sum():x}"
@@ -661,14 +663,19 @@ def log_model(model, X, rule, packages, trusted_types):
     )
 
 
-def open_store(experiment):
-    """Select an experiment in the store of MLFLOW_TRACKING_URI, or in mlflow.db in this folder."""
+def quieten_mlflow():
+    """Let MLflow print errors only, and give up on a dead server within seconds."""
     logging.getLogger("mlflow").setLevel(logging.ERROR)
     logging.getLogger("alembic").setLevel(logging.ERROR)
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")  # without git, no advice about it
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # give up within seconds
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+
+
+def open_store(experiment):
+    """Select an experiment in the store of MLFLOW_TRACKING_URI, or in mlflow.db in this folder."""
+    quieten_mlflow()
     if not mlflow.is_tracking_uri_set():
         mlflow.set_tracking_uri("sqlite:///mlflow.db")
     # Two processes that make the tables of a new database file at once would break it.
@@ -700,7 +707,7 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         sys.exit(130)
-    except (UserError, OSError, sqlite3.Error, mlflow.MlflowException) as error:
+    except (UserError, OSError, sqlite3.Error, SQLAlchemyError, mlflow.MlflowException) as error:
         first_line = hide_login(str(error)).partition("\n")[0]
         print(f"Stopped: {first_line}", file=sys.stderr)
         sys.exit(2)
