@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 import tomllib
-from pathlib import Path
 
 import mlflow
 import pytest
@@ -59,7 +58,7 @@ def test_scripts_started_together_in_an_empty_folder_all_succeed(tmp_path):
         subprocess.Popen(
             [sys.executable, tmp_path / script],
             cwd=empty,
-            env=user_env(PATH=str(Path(sys.executable).parent)),
+            env=user_env(GIT_PYTHON_GIT_EXECUTABLE="no-git-here"),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
