@@ -320,8 +320,10 @@ def draw_search(means, metric):
     axes = figure.subplots()
     for parameter, scores in means.items():
         axes.plot(scores, [parameter] * len(scores), marker="o")
-        for value, score in scores.items():
-            axes.annotate(value, (score, parameter), (0, 8), textcoords="offset points")
+        for position, (value, score) in enumerate(scores.items()):
+            # Alternately above and below, so that the labels of close points do not overlap.
+            offset = (0, 8 if position % 2 else -16)
+            axes.annotate(value, (score, parameter), offset, textcoords="offset points")
     axes.margins(y=0.3)
     axes.set_xlabel(f"Mean {metric} of the trials with this value")
     axes.set_title("The longer the line, the more the parameter matters in this grid")
