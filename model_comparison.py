@@ -4,8 +4,8 @@ All are scored on the same folds, a 5-fold cross-validation that is repeated 30 
 training part of scikit-learn's breast cancer data. The script then asks MLflow for the best
 one, and computes how probable it is that each of the others is worse. Of those that are
 probably as good as the best, it recommends one that answers fast. You will see that a scaled
-logistic regression leads, that an SVM is probably as good, and that both answer more than
-twice as fast as a forest.
+logistic regression leads, that so few rows cannot tell how much better it is than the others,
+and that it answers about twice as fast as a forest.
 
     python model_comparison.py
     python model_comparison.py --csv customers.csv --target churned --metric f1
@@ -34,8 +34,8 @@ It leaves this in the store (sqlite:///mlflow.db, or MLFLOW_TRACKING_URI where t
 import logging
 import os
 import re
+import shlex
 import sqlite3
-import subprocess
 import sys
 import timeit
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
@@ -82,15 +82,15 @@ RISK = 0.2
 # Latencies up to this many times the lowest count as equal.
 NOISE = 1.25
 
-# The choices of --metric. F1, precision and recall are means over the classes, so that each
-# class counts the same. A scorer returns more for a better model, also if it measures a loss.
+# The choices of --metric. Precision, recall and F1 are means over the classes, so that each
+# class counts the same; this mean recall is also called balanced accuracy. A scorer returns
+# more for a better model, also if it measures a loss.
 MACRO = {"average": "macro", "pos_label": None, "zero_division": 0}
 SCORERS = {
     "accuracy": get_scorer("accuracy"),
-    "balanced_accuracy": get_scorer("balanced_accuracy"),
-    "f1": make_scorer(f1_score, **MACRO),
     "precision": make_scorer(precision_score, **MACRO),
     "recall": make_scorer(recall_score, **MACRO),
+    "f1": make_scorer(f1_score, **MACRO),
 }
 
 # A server installs these packages, in the versions that are used here.
@@ -131,25 +131,26 @@ def main(argv=None):
             print(f"    {name:20} {metric} {fold_scores[name].mean():.4f}", flush=True)
         mlflow.log_text(fold_scores.to_csv(index_label="fold"), "folds.csv")
 
-        ranked = find_best_models(comparison_id, metric)
-        latencies = measure_latencies(ranked, train.X.head(1))
-        log_against_best(ranked, fold_scores, latencies, ROPE, folds)
+        logged = find_best_models(comparison_id, metric)
+        latencies = measure_latencies(logged, train.X.head(1))
+        log_against_best(logged, fold_scores, latencies, ROPE, folds)
 
-        # Ask again, now for runs, with the probabilities and latencies logged since.
-        runs = load_runs(comparison_id, metric)
-        recommended = recommend(runs, RISK, NOISE)
-        report = describe_comparison(runs, recommended, metric, ROPE, RISK)
-        mlflow.set_tags({"best_model": runs.index[0], "recommended_model": recommended})
-        mlflow.log_metric(f"best_cv_{metric}", runs[f"cv_{metric}"].iloc[0], dataset=train.dataset)
+        # Ask again, now with the probabilities and latencies.
+        ranked = tabulate(find_best_models(comparison_id, metric))
+        best = ranked.index[0]
+        recommended = recommend(ranked, RISK, NOISE)
+        report = describe_comparison(ranked, recommended, metric, SCORERS, ROPE, RISK)
+        figure = draw_comparison(ranked, fold_scores, folds, ROPE, metric)
+        mlflow.set_tags({"best_model": best, "recommended_model": recommended})
         mlflow.set_tag("mlflow.note.content", report)
-        mlflow.log_figure(draw_comparison(runs, fold_scores, folds, ROPE, metric), "comparison.png")
+        mlflow.log_figure(figure, "comparison.png")
 
     print(f"\n{report}\n")
-    print(f'Load:  mlflow.pyfunc.load_model("{ranked[0].model_uri}")  # the best')
+    print(f'Load:  mlflow.pyfunc.load_model("{ranked.loc[best, "model_uri"]}")  # the best')
     print(where_to_look(comparison))
     if recommended is None:
         raise UserError(f"no candidate is shown to beat the baseline by more than {ROPE}")
-    model_uri = f"runs:/{runs.loc[recommended, 'run_id']}/model"
+    model_uri = ranked.loc[recommended, "model_uri"]
     print("Next: ", next_command("production_deployment.py", ["--model-uri", model_uri], args))
 
 
@@ -186,7 +187,7 @@ def make_candidates(n_rows, seed):
 def load_tuned_forest(search_id, rule, seed):
     """Return an unfitted forest with the best parameters of a search.
 
-    Raises UserError unless the search is finished, and had the same rows held out.
+    Raises UserError unless the search is finished, and held out rows by the same rule.
     """
     search = mlflow.get_run(search_id)
     if search.info.status != "FINISHED" or search.data.params.get("held_out") != rule:
@@ -247,13 +248,13 @@ def find_best_models(comparison_id, metric):
     )
 
 
-def log_against_best(ranked, fold_scores, latencies, rope, folds):
-    """Log to the run of each model its latency, and how it compares with the best, ranked[0].
+def log_against_best(models, fold_scores, latencies, rope, folds):
+    """Log to the run of each model its latency, and how it compares with the best, models[0].
 
     The best was chosen by these same scores, so its lead is a little too large.
     """
-    best = ranked[0].tags["candidate"]
-    for model in ranked:
+    best = models[0].tags["candidate"]
+    for model in models:
         name = model.tags["candidate"]
         metrics = probabilities(fold_scores[name] - fold_scores[best], rope, folds)
         metrics["latency_ms"] = latencies[name]
@@ -292,14 +293,14 @@ def posterior_of_mean(differences, folds):
     return stats.t(df=n - 1, loc=np.mean(differences), scale=max(variance**0.5, 1e-12))
 
 
-def measure_latencies(ranked, row, rounds=50):
+def measure_latencies(models, row, rounds=50):
     """Return {candidate: median time of predict() for one row, in milliseconds}: without HTTP.
 
     The models take turns, each on one core, so that other work on this machine slows all of
     them down alike.
     """
-    names = [model.tags["candidate"] for model in ranked]
-    served = [mlflow.pyfunc.load_model(model.model_uri) for model in ranked]
+    names = [model.tags["candidate"] for model in models]
+    served = [mlflow.pyfunc.load_model(model.model_uri) for model in models]
     with threadpool_limits(1):
         seconds = [
             [timeit.timeit(partial(model.predict, row), number=1) for model in served]
@@ -308,27 +309,25 @@ def measure_latencies(ranked, row, rounds=50):
     return dict(zip(names, 1000 * np.median(seconds, axis=0), strict=True))
 
 
-def load_runs(comparison_id, metric):
-    """Ask MLflow for the runs of a comparison. Return a DataFrame, ranked as the models are."""
-    runs = mlflow.search_runs(
-        search_all_experiments=True,
-        filter_string=f"tags.mlflow.parentRunId = '{comparison_id}'",
-        order_by=[f"metrics.cv_{metric} DESC", "attributes.start_time ASC"],
-    )
-    runs = runs.rename(columns=lambda column: column.removeprefix("metrics."))
-    return runs.set_index("tags.mlflow.runName")
+def tabulate(models):
+    """Return a DataFrame with a row for each logged model: its address and its metrics."""
+    rows = [
+        {"model_uri": model.model_uri, **{metric.key: metric.value for metric in model.metrics}}
+        for model in models
+    ]
+    return pd.DataFrame(rows, index=[model.tags["candidate"] for model in models])
 
 
-def recommend(runs, risk, noise):
+def recommend(ranked, risk, noise):
     """Return the name of the model to recommend, or None if the baseline may be as good as any.
 
     A model is good if it is worse than the best by more than ROPE with a probability of at
     most `risk`. It is fast if its latency is at most `noise` times the lowest of the good
-    ones. Of those that are good and fast, the best score wins. `runs` has the best first.
+    ones. Of those that are good and fast, the best score wins. `ranked` has the best first.
     """
-    if runs.loc["baseline", "p_worse"] < 1 - risk:
+    if ranked.loc["baseline", "p_worse"] < 1 - risk:
         return None
-    good = runs[runs["p_worse"] <= risk]
+    good = ranked[(ranked["p_worse"] <= risk) | (ranked.index == ranked.index[0])]
     fast = good[good["latency_ms"] <= noise * good["latency_ms"].min()]
     return fast.index[0]
 
@@ -346,46 +345,53 @@ def say_verdict(p_worse, risk):
     return f"as good ({1 - p_worse:.0%})"
 
 
-def describe_comparison(runs, recommended, metric, rope, risk):
-    """Return what a comparison found as Markdown, its table indented. `runs` has the best first."""
-    best = runs.index[0]
+def describe_comparison(ranked, recommended, metric, metrics, rope, risk):
+    """Return what a comparison found, as Markdown. `ranked` has the best first."""
+    best = ranked.index[0]
     reason = f"as good as {best}, or nearly so, and faster"
     if recommended == best:
         reason = "the best, and none that is as good is clearly faster"
     if recommended is None:
         reason = "the baseline may be as good as the best"
-    scores = dict.fromkeys([f"cv_{metric}", "cv_precision", "cv_recall", "cv_f1", f"test_{metric}"])
-    table = runs[[*scores, "fit_seconds", "latency_ms"]].rename_axis("model").reset_index()
-    verdicts = [say_verdict(p_worse, risk) for p_worse in runs["p_worse"]]
-    table.insert(1, "against the best", ["the best", *verdicts[1:]])
-    table = table.rename(columns=lambda column: column.removeprefix("cv_"))
+    verdicts = [say_verdict(p_worse, risk) for p_worse in ranked["p_worse"]]
+    verdicts[0] = "the best"
+    choice = ranked[[f"cv_{metric}", "latency_ms"]].assign(**{"against the best": verdicts})
+    scores = ranked[[*(f"cv_{name}" for name in metrics), f"test_{metric}", "fit_seconds"]]
     return f"""Recommended: {recommended} ({reason})
 
-{indent(table.to_string(index=False, float_format="{:.4g}".format), "    ")}
+{format_table(choice)}
 
-{metric}, precision, recall and F1 are means over the folds (the last three over the classes, too),
-test_{metric} is on the hold-out. A percentage is a probability for this data set and this split; a
-difference of up to {rope} counts as none. The best was chosen by these same scores, so its lead
-is a little too large."""
+A percentage is a probability for this data set and this split. A difference of up to {rope} counts
+as none. The best was chosen by these same scores, so its lead is a little too large.
+
+Means over the folds (precision, recall and F1 over the classes, too); on the hold-out, the score:
+
+{format_table(scores)}"""
 
 
-def draw_comparison(runs, fold_scores, folds, rope, metric):
+def format_table(table):
+    """Return a DataFrame as indented text."""
+    table = table.rename(columns=lambda column: column.removeprefix("cv_"))
+    return indent(table.to_string(float_format="{:.4g}".format), "    ")
+
+
+def draw_comparison(ranked, fold_scores, folds, rope, metric):
     """Return a figure: how far each model is from the best, and score against latency."""
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     differences_axes, costs_axes = figure.subplots(1, 2)
-    best = runs.index[0]
-    for name, run in runs.drop("baseline").iterrows():
+    best = ranked.index[0]
+    for name, row in ranked.drop("baseline").iterrows():
         posterior = posterior_of_mean(fold_scores[name] - fold_scores[best], folds)
         differences_axes.plot(posterior.interval(0.95), [name, name], linewidth=3)
         differences_axes.plot(posterior.mean(), name, "ko")
-        point = (run["latency_ms"], run[f"cv_{metric}"])
+        point = (row["latency_ms"], row[f"cv_{metric}"])
         costs_axes.plot(*point, "o", markersize=9)
         costs_axes.annotate(name, point, (8, -3), textcoords="offset points")
     differences_axes.axvspan(-rope, rope, color="tab:green", alpha=0.15)
     differences_axes.invert_yaxis()
     differences_axes.set(xlabel=f"{metric} minus that of the best, 95 % intervals")
     differences_axes.set_title("In the green band, a difference does not matter")
-    costs_axes.set_xlim(0, 1.5 * runs["latency_ms"].max())  # room for the names
+    costs_axes.set_xlim(0, 1.5 * ranked["latency_ms"].max())  # room for the names
     costs_axes.set(xlabel="Latency of one row, median (ms)", ylabel=f"Mean {metric} on the folds")
     return figure
 
@@ -413,7 +419,7 @@ def next_command(script, options, args):
         value = getattr(args, name)
         if value != default:
             command += [f"--{name}", value]
-    return subprocess.list2cmdline(command)
+    return shlex.join(command)
 
 
 # The rest is the same in all three scripts, so you need to read it only once.
@@ -437,7 +443,8 @@ def load_data(csv, target, id_column, test_size):
     """Load a table, and split it into training rows and hold-out rows. Returns two Rows.
 
     The table is a CSV file with a header, or scikit-learn's breast cancer data if `csv` is
-    None. Rows without a class are left out. Raises UserError if the table cannot be used.
+    None. Rows without a class or an ID are left out. Raises UserError if the table cannot be
+    used.
     """
     name = table_name(csv)
     table = read_table(csv)
@@ -458,7 +465,7 @@ def load_data(csv, target, id_column, test_size):
     if id_column is not None:
         groups = hash_rows(complete[[id_column]].convert_dtypes().astype(str))
     held_out = is_held_out(groups, test_size)
-    print(f"{name}: {len(y)} of {len(table)} rows have a class, {held_out.sum()} are held out")
+    print(f"{name}: {len(y)} of {len(table)} rows can be used, {held_out.sum()} are held out")
     check_split(y, groups, held_out, test_size)
     rule = f"{test_size} of the rows, by a hash of {id_column or 'the features'}"
     train = select_rows(X, y, groups, ~held_out, f"{name}-train", rule)
@@ -508,7 +515,7 @@ def is_held_out(groups, share):
 
 
 def check_split(y, groups, held_out, test_size, n_folds=5):
-    """Raise UserError unless the hold-out has its share, and each class is in every fold."""
+    """Raise UserError unless the hold-out has its share, and each class enough training rows."""
     if abs(held_out.mean() - test_size) > 0.1:
         raise UserError(
             f"the hold-out would be {held_out.mean():.0%} of the rows, as they are few or many are "
@@ -584,12 +591,11 @@ def open_store(experiment):
     quieten_mlflow()
     if not mlflow.is_tracking_uri_set():
         mlflow.set_tracking_uri("sqlite:///mlflow.db")
-    # Two processes that make the tables of a new database file at once would break it.
-    is_file = mlflow.get_tracking_uri().startswith("sqlite")
-    lock_file = "mlflow.db.lock" if is_file else ":memory:"
-    with closing(sqlite3.connect(lock_file, timeout=60)) as lock:
-        lock.execute("BEGIN EXCLUSIVE")
-        mlflow.set_experiment(experiment)
+        # Two processes that make the tables of a new database at once would break it.
+        with closing(sqlite3.connect("mlflow.db.lock", timeout=60)) as lock:
+            lock.execute("BEGIN EXCLUSIVE")
+            mlflow.search_experiments(max_results=1)
+    mlflow.set_experiment(experiment)
 
 
 def where_to_look(run):

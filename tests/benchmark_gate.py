@@ -58,7 +58,7 @@ def check_against_the_script(rows=105, only_production=6, only_candidate=2):
             "candidate": ["n"] * only_production + ["y"] * (rest + only_candidate),
         }
     )
-    metrics = gate_metrics(judged, accuracy_score, SEED)
+    metrics = gate_metrics(judged, range(rows), accuracy_score, SEED)
     p, error = gate(only_production, only_candidate, rows)
     assert abs(p - metrics["p_worse_than_production"]) < 0.03
     assert abs(error / metrics["below_production_se"] - 1) < 0.1
@@ -135,8 +135,8 @@ def print_growth(repeats):
                     candidate = make(repeat + 1).fit(X[this], y[this])
                     pair = {"production": production, "candidate": candidate}
                     judged = judge(pair, X[new], y[new]).assign(baseline=y.mode()[0])
-                    p = gate_metrics(judged, accuracy_score, SEED)["p_worse_than_production"]
-                    refused[split] += p > LIMIT
+                    metrics = gate_metrics(judged, hash_rows(X[new]), accuracy_score, SEED)
+                    refused[split] += metrics["p_worse_than_production"] > LIMIT
                     seen[split].append((last & new).sum() / new.sum())
             cells = [f"{np.mean(seen[s]):.0%}; {refused[s]}" for s in ("random", "hash")]
             print(f"| {title} | {name} |", " | ".join(cells), "|", flush=True)

@@ -14,7 +14,6 @@ from baycomp import two_on_single
 from conftest import (
     SCRIPTS,
     Code,
-    assert_one_line,
     assert_success,
     children,
     edited,
@@ -152,10 +151,10 @@ def test_a_verdict_is_as_firm_as_the_probability(p_worse, words):
 
 
 def ranked_runs(p_worse, latency_ms, baseline=1.0):
-    """Return runs a, b, … as `load_runs` does, the best first, and the baseline last."""
+    """Return runs a, b, … as `tabulate` does, the best first, and the baseline last."""
     names = [*"abcd"[: len(p_worse)], "baseline"]
     columns = {"p_worse": [*p_worse, baseline], "latency_ms": [*latency_ms, 0.1]}
-    scores = ["cv_accuracy", "cv_precision", "cv_recall", "cv_f1", "test_accuracy", "fit_seconds"]
+    scores = ["cv_accuracy", "test_accuracy", "fit_seconds"]
     return pd.DataFrame(columns | dict.fromkeys(scores, 0.9), index=names)
 
 
@@ -170,6 +169,7 @@ def ranked_runs(p_worse, latency_ms, baseline=1.0):
         ([0, 0.2], [2, 1], 1, "b"),
         ([0, 0.21], [2, 1], 1, "a"),
         ([0, 0.2, 0.21], [2.4, 2.0, 1.0], 1, "a"),
+        ([0.5, 0.9], [2, 1], 1, "a"),  # without a rope, the best is "worse" than itself with 50 %
         # The best must be shown to beat the baseline.
         ([0, 0], [1, 2], 0.8, "a"),
         ([0, 0], [1, 2], 0.79, None),
@@ -184,7 +184,8 @@ def test_a_fast_one_of_the_good_ones_is_recommended(p_worse, latency_ms, baselin
 @pytest.mark.parametrize(("recommended", "why"), [("a", "best"), ("b", "faster"), (None, "base")])
 def test_the_report_begins_with_the_recommendation_and_why(recommended, why):
     runs = ranked_runs([0, 0.1], [2, 1])
-    first = script.describe_comparison(runs, recommended, "accuracy", 0.01, 0.2).splitlines()[0]
+    report = script.describe_comparison(runs, recommended, "accuracy", ["accuracy"], 0.01, 0.2)
+    first = report.splitlines()[0]
     assert first.startswith(f"Recommended: {recommended} (") and why in first
 
 
@@ -216,7 +217,7 @@ def test_what_is_logged_is_true(compared):
     folds, best = fold_scores(comparison), comparison.data.tags["best_model"]
     runs = children(comparison)
     scores = {name: run.data.metrics["cv_f1"] for name, run in runs.items()}
-    assert scores[best] == max(scores.values()) == comparison.data.metrics["best_cv_f1"]
+    assert scores[best] == max(scores.values())
     for name, candidate in runs.items():
         metrics = candidate.data.metrics
         expected = two_on_single(folds[best].to_numpy(), folds[name].to_numpy(), 0.01, runs=2)
@@ -236,9 +237,11 @@ def test_what_is_printed_is_what_is_logged(compared):
     report, runs = comparison.data.tags["mlflow.note.content"], children(comparison)
     recommended = comparison.data.tags["recommended_model"]
     assert report.startswith(f"Recommended: {recommended} (") and report in process.stdout
-    rows = {line.split()[0]: line for line in report.splitlines() if line.startswith("    ")}
+    _, choice, _, _, others = report.split("\n\n")
+    choice, others = choice.splitlines()[1:], others.splitlines()[1:]
+    rows = {a.split()[0]: a + b for a, b in zip(choice, others, strict=True)}
     ranked = sorted(runs, key=lambda name: -runs[name].data.metrics["cv_f1"])
-    assert list(rows) == ["model", *ranked]
+    assert list(rows) == ranked == [line.split()[0] for line in others]
     for name in ranked:
         metrics = runs[name].data.metrics
         verdict = script.say_verdict(metrics["p_worse"], script.RISK)
@@ -247,7 +250,8 @@ def test_what_is_printed_is_what_is_logged(compared):
         assert (verdict if name != ranked[0] else "the best") in rows[name]
     (uri,) = re.findall(r'load_model\("(.*)"\)', process.stdout)
     assert mlflow.get_logged_model(uri.removeprefix("models:/")).tags["candidate"] == ranked[0]
-    assert f"--model-uri runs:/{runs[recommended].info.run_id}/model" in process.stdout
+    (uri,) = re.findall(r"--model-uri models:/(\S+)", process.stdout)
+    assert mlflow.get_logged_model(uri).source_run_id == runs[recommended].info.run_id
     path = mlflow.artifacts.download_artifacts(f"{comparison.info.artifact_uri}/comparison.png")
     assert Path(path).read_bytes().startswith(b"\x89PNG")
 
@@ -262,20 +266,20 @@ def test_the_metric_decides_and_a_tie_goes_to_the_first_candidate(compare, folde
         ranked[metric] = [model.tags["candidate"] for model in models]
         runs = children(comparison)
         assert {m.source_run_id for m in models} == {r.info.run_id for r in runs.values()}
-        assert list(script.load_runs(comparison.info.run_id, metric).index) == ranked[metric]
+        assert list(script.tabulate(models).index) == ranked[metric]
         assert comparison.data.tags["best_model"] == ranked[metric][0]
     assert ranked["accuracy"] == ["z_plain", "a_plain", "weighted", "baseline"]
     assert ranked["f1"] == ["weighted", "z_plain", "a_plain", "baseline"]
 
 
-def test_a_rope_wider_than_the_lead_over_the_baseline_recommends_nothing(folder):
+def test_a_rope_wider_than_the_lead_over_the_baseline_recommends_nothing(
+    compare, folder, monkeypatch, capsys
+):
     make_table(folder / "table.csv", 200)
-    few = two_candidates("LogisticRegression()")
-    path = edited(folder, SCRIPT, REPEATS=2, ROPE=0.5, make_candidates=few)
-    process = run(path, *OWN, cwd=folder, **ONE_CORE)
-    assert_one_line(process, "baseline", "0.5")
-    assert "Next" not in process.stdout
-    store(folder)
+    monkeypatch.setattr(script, "ROPE", 0.5)
+    with pytest.raises(script.UserError, match="baseline by more than 0.5"):
+        compare(names=("baseline", "z_plain"))
+    assert "Next" not in capsys.readouterr().out
     (comparison,) = parents("model-comparison")
     assert comparison.info.status == "FINISHED"
     assert comparison.data.tags["recommended_model"] == "None"

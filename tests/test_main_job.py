@@ -1,5 +1,6 @@
 """The main job, three scripts in an empty folder: is what they print and leave true?"""
 
+import importlib
 import io
 import re
 from pathlib import Path
@@ -8,13 +9,13 @@ import mlflow
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import SCRIPTS, assert_success, children, parents, run, store
+from conftest import SCRIPTS, assert_success, children, parents, store
 from sklearn.base import clone
 from sklearn.datasets import load_breast_cancer
 from sklearn.dummy import DummyClassifier
 from sklearn.ensemble import HistGradientBoostingClassifier, RandomForestClassifier
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import accuracy_score, balanced_accuracy_score, precision_recall_fscore_support
+from sklearn.metrics import accuracy_score, precision_recall_fscore_support
 from sklearn.model_selection import ParameterGrid, StratifiedKFold, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -152,8 +153,6 @@ def test_every_model_gives_its_logged_hold_out_score_again(main_job, rows):
             )
             for key, value in zip(("precision", "recall", "f1"), macro, strict=False):
                 assert metrics[f"test_{key}"].value == close(value)
-            balanced = balanced_accuracy_score(y_test, predicted)
-            assert metrics["test_balanced_accuracy"].value == close(balanced)
 
 
 def test_every_model_is_safe_to_load_and_ready_to_serve(main_job):
@@ -238,18 +237,20 @@ def test_the_comparison_is_what_scikit_learn_says_and_what_is_logged(main_job, r
     assert note in printed
     recommended = comparison.data.tags["recommended_model"]
     assert note.startswith(f"Recommended: {recommended} (")
-    (_, *lines) = note.split("\n\n")[1].splitlines()
+    choice, others = (note.split("\n\n")[part].splitlines()[1:] for part in (1, 4))
     order = sorted(candidates, key=lambda name: -candidates[name].data.metrics["cv_accuracy"])
-    assert [line.split()[0] for line in lines] == order
-    for name, line in zip(order, lines, strict=True):
+    assert [line.split()[0] for line in choice] == [line.split()[0] for line in others] == order
+    for name, short, line in zip(order, choice, others, strict=True):
         metrics = candidates[name].data.metrics
+        numbers = [metrics[key] for key in ("cv_accuracy", "latency_ms")]
+        assert [float(text) for text in short.split()[1:3]] == pytest.approx(numbers, rel=1e-3)
         numbers = [metrics[f"cv_{key}"] for key in ("accuracy", "precision", "recall", "f1")]
-        numbers += [metrics[key] for key in ("test_accuracy", "fit_seconds", "latency_ms")]
-        assert [float(text) for text in line.split()[-7:]] == pytest.approx(numbers, rel=1e-3)
+        numbers += [metrics[key] for key in ("test_accuracy", "fit_seconds")]
+        assert [float(text) for text in line.split()[1:]] == pytest.approx(numbers, rel=1e-3)
     (uri,) = re.findall(r'load_model\("(.*?)"\)', printed)
     assert mlflow.get_logged_model(uri.removeprefix("models:/")).tags["candidate"] == best
-    run_id = candidates[recommended].info.run_id
-    assert printed.endswith(f"production_deployment.py --model-uri runs:/{run_id}/model\n")
+    uri = re.search(r"production_deployment.py --model-uri models:/(\S+)\n$", printed)[1]
+    assert mlflow.get_logged_model(uri).tags["candidate"] == recommended
 
 
 def test_the_deployments_print_what_they_log(main_job, rows):
@@ -294,9 +295,10 @@ def test_the_printed_addresses_are_those_of_the_runs(main_job):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_help_says_what_the_script_does_and_leaves(script, tmp_path):
-    """In a terminal of Western Windows, too."""
-    process = run(script, "--help", cwd=tmp_path, PYTHONIOENCODING="cp1252")
-    assert_success(process)
-    assert "It leaves this in the store" in process.stdout
-    assert list(tmp_path.iterdir()) == []
+def test_help_says_what_the_script_does_and_leaves(script, capsys):
+    """In letters that a terminal of Western Windows has, too."""
+    with pytest.raises(SystemExit, match="0"):
+        importlib.import_module(script.removesuffix(".py")).main(["--help"])
+    text = capsys.readouterr().out
+    assert "It leaves this in the store" in text
+    text.encode("cp1252")
