@@ -3,7 +3,7 @@
 27 combinations of three parameters are cross-validated on the training part of scikit-learn's
 breast cancer data. The script then asks MLflow for the best one, refits it, and scores it
 once on the hold-out. You will see that in this grid the depth of the trees matters most, and
-that a forest within one standard error of the best trains in less than a tenth of the time.
+that a forest within one standard error of the best trains in about a tenth of the time.
 
     python hyperparameter_tuning.py
     python hyperparameter_tuning.py --csv customers.csv --target churned --metric f1

@@ -355,7 +355,8 @@ def describe_comparison(ranked, recommended, metric, metrics, rope, risk):
         reason = "the baseline may be as good as the best"
     verdicts = [say_verdict(p_worse, risk) for p_worse in ranked["p_worse"]]
     verdicts[0] = "the best"
-    choice = ranked[[f"cv_{metric}", "latency_ms"]].assign(**{"against the best": verdicts})
+    choice = ranked.assign(**{"against the best": verdicts})
+    choice = choice[[f"cv_{metric}", "against the best", "latency_ms"]]
     scores = ranked[[*(f"cv_{name}" for name in metrics), f"test_{metric}", "fit_seconds"]]
     return f"""Recommended: {recommended} ({reason})
 

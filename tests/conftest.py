@@ -21,7 +21,7 @@ SOON = 30  # seconds, for what takes 10 at the most: the machine may be slow, an
 
 
 # Files that take longest start first, so that no core idles at the end.
-LONG_FILES = ["main_job", "deployment", "readme", "store", "own_data"]
+LONG_FILES = ["main_job", "deployment", "store", "readme", "comparison", "tuning", "own_data"]
 
 
 def pytest_collection_modifyitems(items):

@@ -232,7 +232,7 @@ def test_an_interrupted_search_is_resumed_then_widened_and_narrowed(interrupted)
     assert best == ", ".join(f"{name}={value}" for name, value in params.items())
 
     # What does not fit is refused, and does no harm to a search that is finished.
-    with pytest.raises(script.UserError, match="cannot resume .* 'metric': 'accuracy'"):
+    with pytest.raises(script.UserError, match="cannot resume .*'metric': 'accuracy'"):
         script.main(["--resume", resume, "--metric", "f1"])
     (again,) = parents("hyperparameter-tuning")
     assert again.to_dictionary() == search.to_dictionary()
