@@ -117,7 +117,7 @@ def main(argv=None):
     if args.tuned is not None:
         models["tuned_forest"] = load_tuned_forest(args.tuned, train.rule, SEED)
 
-    print(f"{len(models)} candidates on {repeats} x {FOLDS} folds each", flush=True)
+    print(f"{len(models) - 1} candidates and a baseline, on {repeats} x {FOLDS} folds", flush=True)
     with mlflow.start_run(run_name="comparison") as comparison:
         comparison_id = comparison.info.run_id
         mlflow.log_params({"metric": metric, "folds": len(folds), "rope": ROPE})

@@ -347,10 +347,11 @@ def log_verdict(name, version, compared_with, report, missed):
 
 
 def promote(name, version, replaces):
-    """Point `production` at a version, and `previous` at the one that it replaces, or None.
+    """Point `production` at a version, and `previous` at the one that it replaces.
 
-    Raises UserError, and moves nothing, if `production` is no longer at the one that it
-    replaces, because the registry has no lock, or is at the new version already.
+    Raises UserError, and moves nothing, if `production` is no longer at the version that it
+    `replaces` (None: at no version). The registry has no lock, so somebody else may have
+    promoted another one. It is an error, too, if the version is in production already.
     """
     current = get_aliases(name).get("production")
     if str(current) != str(replaces):  # MLflow returns numbers or text, for the same version
@@ -489,6 +490,8 @@ def load_model(uri, X, rule, packages, trusted_types):
     another rule by which rows are held out. What this check cannot do is in README.md.
     """
     try:
+        # All that the file MLmodel says must be as in our own models. Then no setting of it can
+        # make MLflow run other code than scikit-learn's.
         info = mlflow.models.get_model_info(uri)
         flavors = {name: dict(flavor) for name, flavor in info.flavors.items()}
         types = flavors["sklearn"].pop("skops_trusted_types", [])
