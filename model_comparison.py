@@ -269,8 +269,8 @@ def probabilities(differences, rope, folds):
     minus those of the other, on each of these `folds`. A difference of up to `rope`, in units
     of the score, counts as none.
     """
-    if 0 < rope < np.std(differences) / 100:
-        raise ValueError(f"a rope of {rope} does not fit scores that differ this much")
+    if rope != 0 and not rope >= np.std(np.asarray(differences)) / 100:
+        raise ValueError(f"a rope of {rope} does not fit these scores")
     posterior = posterior_of_mean(differences, folds)
     p_worse = float(posterior.cdf(-rope))
     p_better = float(posterior.sf(rope))
@@ -502,7 +502,9 @@ def read_classes(column):
 
 def hash_rows(table):
     """Return a number for each row of a table, which depends on nothing but its values."""
-    return pd.util.hash_pandas_object(table, index=False)
+    # A column of whole numbers holds fractions as soon as one of them is missing.
+    numbers = dict.fromkeys(table.select_dtypes("number"), "float64")
+    return pd.util.hash_pandas_object(table.astype(numbers), index=False)
 
 
 def is_held_out(groups, share):
@@ -603,8 +605,7 @@ def where_to_look(run):
     """Return how to open the page of a run in the MLflow UI."""
     page = f"#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
     store = hide_login(mlflow.get_tracking_uri())
-    server = "http://127.0.0.1:5000"
-    command = f'mlflow ui --backend-store-uri "{store}", then open '
+    server, command = "http://127.0.0.1:5000", f'mlflow ui --backend-store-uri "{store}"\n       '
     if store.startswith("http"):
         server, command = store, ""
     return f"Look:  {command}{server}/{page}?workflowType=machine_learning"

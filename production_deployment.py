@@ -79,7 +79,7 @@ GATE = {
     # The score on the hold-out minus that of always answering the most frequent class.
     "above_baseline": MetricThreshold(threshold=0.01, greater_is_better=True),
     # The probability that this version is worse than the one in production. A version that is
-    # as good is refused at most 5 times of 100, at any number of rows. One that is worse may
+    # as good is refused at most 5 times of 100, from 100 rows (or IDs) on. One that is worse may
     # pass: how large a loss must be to be found is printed.
     "p_worse_than_production": MetricThreshold(threshold=0.96, greater_is_better=False),
     # The median time of predict() for one row, in this process: without HTTP.
@@ -152,7 +152,8 @@ def main(argv=None):
         gate = choose_gate(GATE, "production" in judged, args.min_score)
         missed = missed_limits(metrics, gate)
         compared_with = f"version {replaces}" if "production" in judged else "nothing"
-        report = describe_verdict(version, compared_with, metrics, gate, missed, len(judged))
+        title = f"Version {version} by {args.metric}, compared with {compared_with}"
+        report = describe_verdict(title, metrics, gate, missed, len(judged))
         log_verdict(name, version, compared_with, report, missed)
         print(f"\n{report}\n", flush=True)
         if missed:
@@ -204,12 +205,12 @@ def predict_with_champion(name, train, test):
     """
     try:
         champion = load_model(f"models:/{name}@production", train.X, train.rule, PACKAGES, TRUSTED)
-        predicted = champion.predict(test.X)
-        if not set(predicted) <= set(train.y):
-            raise UserError(f"version in production predicts {set(predicted)}: other classes")
+        classes = set(champion.get_raw_model().classes_)
+        if classes != set(train.y):
+            raise UserError(f"the version in production knows other classes: {classes}")
     except UserError as error:
         raise UserError(f"{error}; --without-comparison promotes without it") from error
-    return predicted
+    return champion.predict(test.X)
 
 
 def train_model(train):
@@ -244,6 +245,8 @@ def gate_metrics(judged, groups, score, seed):
     true values, predictions and sample_weight; more is better.
     """
     candidate = score(judged["actual"], judged["candidate"])
+    if score(judged["actual"], judged["actual"]) < candidate:
+        raise ValueError("the score of a perfect model is lower: of a loss, return the negative")
     baseline = score(judged["actual"], judged["baseline"])
     # Rounded, because 0.98 - 0.96 must be 0.02, and not 0.020000000000000018.
     metrics = {"score": candidate, "above_baseline": round(candidate - baseline, 12)}
@@ -317,7 +320,7 @@ def missed_limits(metrics, gate):
     return []
 
 
-def describe_verdict(version, compared_with, metrics, gate, missed, n_rows):
+def describe_verdict(title, metrics, gate, missed, n_rows):
     """Return the verdict, and how far each metric is from its limit, as Markdown."""
     table = pd.DataFrame({"value": metrics}).assign(limit="", margin="")
     for name, limit in gate.items():
@@ -326,12 +329,13 @@ def describe_verdict(version, compared_with, metrics, gate, missed, n_rows):
         table.loc[name, ["limit", "margin"]] = f"at {side} {limit.threshold:g}", f"{margin:+.4f}"
     table = indent(table.to_string(float_format="{:.4f}".format), "    ")
     verdict = "misses a limit" if missed else "passes the gate"
-    report = f"Version {version} {verdict}; compared with {compared_with}\n\n{table}"
+    report = f"{title}: {verdict}\n\n{table}"
     if "below_production_se" in metrics:
         # One-sided 96 %, and 80 %: 1.75 + 0.84 standard errors. But 96 % also takes four rows
         # that only production has right; of a loss of five, they are found 8 times of 10.
-        report += f"\n\nOn {n_rows} rows, a loss is found 8 times of 10 if it is larger than "
-        report += f"{2.6 * metrics['below_production_se']:.3f}, and than 5 rows ({5 / n_rows:.1%})."
+        found = f"{2.6 * metrics['below_production_se']:.3f}"
+        report += f"\n\nOn {n_rows} rows, a loss is found 8 times of 10, unless it is smaller than "
+        report += f"{found}, or than 5 rows ({5 / n_rows:.1%})."
     return report
 
 
@@ -351,15 +355,18 @@ def promote(name, version, replaces):
 
     Raises UserError, and moves nothing, if `production` is no longer at the version that it
     `replaces` (None: at no version). The registry has no lock, so somebody else may have
-    promoted another one. It is an error, too, if the version is in production already.
+    promoted another one. It is an error, too, if the version is in production already, or
+    lacks the verdict of `log_verdict` that it has passed the gate.
     """
+    client = mlflow.MlflowClient()
+    if client.get_model_version(name, version).tags.get("validation_status") != "passed":
+        raise UserError(f"version {version} of {name} has not passed the gate")
     current = get_aliases(name).get("production")
     if str(current) != str(replaces):  # MLflow returns numbers or text, for the same version
         raise UserError(f"version {current} was promoted in the meantime; run this again")
     if str(current) == str(version):
         raise UserError(f"version {version} of {name} is already in production")
     print(f"Moving the alias `production` to version {version}", flush=True)
-    client = mlflow.MlflowClient()
     if current is not None:
         client.set_registered_model_alias(name, "previous", current)
     client.set_registered_model_alias(name, "production", version)
@@ -384,18 +391,16 @@ def predict_with_production(name, train, test):
 def roll_back(name, to):
     """Put an earlier version back into production: `to` is its number, or "previous".
 
-    A second rollback to "previous" undoes the first. Raises UserError if there is no such
-    version, or if it did not pass the gate when it was deployed.
+    A second rollback to "previous" undoes the first. Raises UserError if there is no previous
+    version, or as `promote` does.
     """
     aliases = get_aliases(name)
     if to == "previous" and to not in aliases:
         raise UserError(f"{name} has no previous version to roll back to")
-    version = mlflow.MlflowClient().get_model_version(name, aliases.get(to, to))
-    if version.tags.get("validation_status") != "passed":
-        raise UserError(f"version {version.version} of {name} has not passed the gate")
-    promote(name, version.version, replaces=aliases.get("production"))
+    version = aliases.get(to, to)
+    promote(name, version, replaces=aliases.get("production"))
     with mlflow.start_run(run_name="rollback"):
-        mlflow.set_tags({"registered_model": name, "version": version.version})
+        mlflow.set_tags({"registered_model": name, "version": version})
 
 
 def get_aliases(name):
@@ -496,15 +501,18 @@ def load_model(uri, X, rule, packages, trusted_types):
         flavors = {name: dict(flavor) for name, flavor in info.flavors.items()}
         types = flavors["sklearn"].pop("skops_trusted_types", [])
         del flavors["sklearn"]["sklearn_version"], flavors["python_function"]["python_version"]
-        if flavors != FLAVORS or not set(types) <= set(trusted_types):
+        if flavors != FLAVORS:
             raise UserError("it could run code, because it is not a plain skops file")
+        if unknown := set(types) - set(trusted_types):
+            raise UserError(f"it could run code, as TRUSTED does not name {unknown}")
         requirements = Path(mlflow.pyfunc.get_model_dependencies(uri)).read_text().split()
         if not {line.partition("==")[0] for line in requirements} <= set(packages):
             raise UserError("a server would install other packages for it")
+        held_out = (info.metadata or {}).get("held_out")
+        if held_out != rule:
+            raise UserError(f"it may have seen the hold-out, as it held out {held_out}")
         if info.signature.inputs.input_names() != list(X):
             raise UserError("it takes other columns than the table has")
-        if (info.metadata or {}).get("held_out") != rule:
-            raise UserError("it may have seen the hold-out, because other rows were held out")
         model = mlflow.pyfunc.load_model(uri)
         model.predict(X.head())
         return model
@@ -592,7 +600,9 @@ def read_classes(column):
 
 def hash_rows(table):
     """Return a number for each row of a table, which depends on nothing but its values."""
-    return pd.util.hash_pandas_object(table, index=False)
+    # A column of whole numbers holds fractions as soon as one of them is missing.
+    numbers = dict.fromkeys(table.select_dtypes("number"), "float64")
+    return pd.util.hash_pandas_object(table.astype(numbers), index=False)
 
 
 def is_held_out(groups, share):
@@ -693,8 +703,7 @@ def where_to_look(run):
     """Return how to open the page of a run in the MLflow UI."""
     page = f"#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
     store = hide_login(mlflow.get_tracking_uri())
-    server = "http://127.0.0.1:5000"
-    command = f'mlflow ui --backend-store-uri "{store}", then open '
+    server, command = "http://127.0.0.1:5000", f'mlflow ui --backend-store-uri "{store}"\n       '
     if store.startswith("http"):
         server, command = store, ""
     return f"Look:  {command}{server}/{page}?workflowType=machine_learning"

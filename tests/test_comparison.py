@@ -13,7 +13,6 @@ import pytest
 from baycomp import two_on_single
 from conftest import (
     SCRIPTS,
-    Code,
     assert_success,
     children,
     edited,
@@ -86,12 +85,6 @@ def compared(tmp_path_factory, new_store):
     return process, comparison, *script.load_data(folder / "table.csv", "kind", None, 0.2)
 
 
-def two_candidates(model):
-    """Return code for `edited`: a make_candidates with the baseline and this model."""
-    models = f"{{'baseline': DummyClassifier(), 'other': {model}}}"
-    return Code(f"lambda n, seed: {{k: add_preprocessing(m) for k, m in {models}.items()}}")
-
-
 def fold_scores(comparison):
     text = mlflow.artifacts.load_text(f"{comparison.info.artifact_uri}/folds.csv")
     return pd.read_csv(io.StringIO(text), index_col="fold")
@@ -124,8 +117,9 @@ def test_what_cannot_be_right_is_refused():
     folds = [(range(80), range(20))] * 10
     differences = np.random.default_rng(0).normal(0, 46, 10)
     script.probabilities(differences, 0, folds)  # no rope at all is a choice
-    with pytest.raises(ValueError, match="rope"):
-        script.probabilities(differences, 0.01, folds)
+    for rope, scores in ((0.01, differences), (-50, differences), (50, [*differences[1:], np.nan])):
+        with pytest.raises(ValueError, match="rope"):
+            script.probabilities(pd.Series(scores), rope, folds)
     with pytest.raises(ValueError, match="10 differences, but 9 folds"):
         script.probabilities(differences, 10, folds[1:])
 
@@ -285,14 +279,13 @@ def test_a_rope_wider_than_the_lead_over_the_baseline_recommends_nothing(
     assert comparison.data.tags["recommended_model"] == "None"
 
 
-def test_a_candidate_that_fails_keeps_its_traceback_and_leaves_no_run_open(folder):
+def test_a_candidate_that_fails_keeps_its_own_error_and_leaves_no_run_open(
+    compare, folder, monkeypatch
+):
     make_table(folder / "table.csv", 200)
-    broken = two_candidates("LogisticRegression(C=-1)")
-    path = edited(folder, SCRIPT, REPEATS=2, make_candidates=broken)
-    process = run(path, *OWN, cwd=folder, **ONE_CORE)
-    assert process.returncode == 1
-    assert "Traceback" in process.stderr and "'C' parameter" in process.stderr
-    store(folder)
+    monkeypatch.setitem(FEW, "broken", LogisticRegression(C=-1))
+    with pytest.raises(ValueError, match="'C' parameter"):
+        compare(names=("baseline", "broken"))
     (comparison,) = parents("model-comparison")
     assert comparison.info.status == "FAILED"
     assert {n: r.info.status for n, r in children(comparison).items()} == {"baseline": "FINISHED"}
@@ -315,8 +308,7 @@ class Recorder(mlflow.pyfunc.PythonModel):
         self.name, self.path = name, path
 
     def predict(self, context, model_input: list[str]):
-        if self.name == "b" or not self.path.exists():
-            time.sleep(0.02)
+        time.sleep(0.02 if self.name == "b" else 0.0 if self.path.exists() else 0.5)
         with self.path.open("a") as file:
             file.write(self.name)
         return model_input

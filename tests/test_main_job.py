@@ -269,7 +269,8 @@ def test_the_deployments_print_what_they_log(main_job, rows):
         assert guide in process.stdout
         for key, value in deployment.data.metrics.items():
             assert re.search(rf"^ +{key} +{re.escape(f'{value:.4f}')}", process.stdout, re.M), key
-    assert "compared with nothing" in first.stdout and "with version 1\n" in second.stdout
+    assert "Version 1 by accuracy, compared with nothing: passes the gate" in first.stdout
+    assert "Version 2 by accuracy, compared with version 1: passes the gate" in second.stdout
     assert client.get_model_version(NAME, "2").tags["compared_with"] == "version 1"
     metrics = new.data.metrics
     assert (metrics["below_production"], metrics["p_worse_than_production"]) == (0, 0)
@@ -289,10 +290,8 @@ def test_the_printed_addresses_are_those_of_the_runs(main_job):
     runs = [run_ for name in names for run_ in parents(name)]
     for one, process in zip(runs, main_job[1], strict=True):
         address = f"#/experiments/{one.info.experiment_id}/runs/{one.info.run_id}?"
-        assert 'Look:  mlflow ui --backend-store-uri "sqlite:///mlflow.db", then open' in (
-            process.stdout
-        )
-        assert address in process.stdout
+        look = 'Look:  mlflow ui --backend-store-uri "sqlite:///mlflow.db"\n       http://127.0.0.1:5000/'
+        assert f"{look}{address}" in process.stdout
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -84,6 +84,14 @@ def test_a_growing_table_moves_no_row_between_training_and_hold_out(tmp_path):
         assert 0.15 < len(after[1].X) / 600 < 0.25
 
 
+def test_whole_numbers_have_the_hash_of_fractions():
+    """A column is read as fractions as soon as one cell is empty."""
+    table = pd.DataFrame({"id": [7, 8, 9], "x": ["1", "2", "3"]})
+    expected = model_comparison.hash_rows(table)
+    assert list(model_comparison.hash_rows(table.astype({"id": float}))) == list(expected)
+    assert list(model_comparison.hash_rows(table.astype({"x": float}))) != list(expected)
+
+
 def test_the_share_is_that_of_the_argument():
     groups = model_comparison.hash_rows(pd.DataFrame({"x": np.arange(20_000.0)}))
     for share in (0.1, 0.2, 0.5):

@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+import shutil
 import signal
 import socket
 import sqlite3
@@ -169,15 +170,18 @@ def test_ctrl_c_ends_every_run(script, words, folder):
     assert "RUNNING" not in {child.info.status for child in children(parent).values()}
 
 
-def test_a_store_elsewhere_by_the_setting_of_mlflow(folder, tmp_path_factory):
-    """With a space in its path. The command to look at it is right."""
-    elsewhere = tmp_path_factory.mktemp("another folder")
-    uri = f"sqlite:///{elsewhere}/mlflow.db"
-    process = run(SCRIPTS[2], cwd=folder, MLFLOW_TRACKING_URI=uri)
-    assert_success(process)
-    assert f'mlflow ui --backend-store-uri "{uri}"' in process.stdout
+def test_the_command_to_look_at_a_store_elsewhere(new_store, tmp_path):
+    """With a space in its path."""
+    elsewhere = tmp_path / "another folder"
+    elsewhere.mkdir()
+    shutil.copy(new_store, elsewhere)
     store(elsewhere)
-    assert len(parents("production-deployment")) == 1
+    with mlflow.start_run(experiment_id=mlflow.create_experiment("e")) as one:
+        pass
+    import production_deployment as script
+
+    uri = f"sqlite:///{elsewhere}/mlflow.db"
+    assert f'mlflow ui --backend-store-uri "{uri}"\n' in script.where_to_look(one)
 
 
 def test_the_last_part_is_the_same_in_all_three():
