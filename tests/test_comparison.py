@@ -359,21 +359,23 @@ def test_the_best_of_a_search_is_one_more_candidate(compare, folder):
     train, _ = script.load_data("table.csv", "kind", None, 0.2)
     params = {"n_estimators": 7, "max_depth": 2}
 
-    def search(rule, status="FINISHED"):
+    def search(rows, status="FINISHED"):
         mlflow.set_experiment("hyperparameter-tuning")
         with mlflow.start_run() as run:
-            mlflow.log_param("held_out", rule)
+            mlflow.log_param("rows", rows)
             mlflow.log_dict(params, "best_params.json")
             mlflow.end_run(status)
         return run.info.run_id
 
-    comparison = compare("--tuned", search(train.rule), "--metric", "f1", names=("baseline",))
+    comparison = compare(
+        "--tuned", search(train.dataset.digest), "--metric", "f1", names=("baseline",)
+    )
     tuned = children(comparison)["tuned_forest"]
     model = mlflow.sklearn.load_model(f"runs:/{tuned.info.run_id}/model")
     for found in (tuned.data.params, model[-1].get_params()):
         assert {name: int(found[name]) for name in params} == params
 
-    others = [search("0.3 of the rows, by a hash of the features"), search(train.rule, "FAILED")]
+    others = [search("others"), search(train.dataset.digest, "FAILED")]
     for search_id in (*others, comparison.info.run_id):
         with pytest.raises(script.UserError, match=f"{search_id} is not a finished search"):
             compare("--tuned", search_id)

@@ -121,9 +121,9 @@ def test_the_best_parameters_rebuild_the_forest_that_was_logged(params, folder, 
     train, test = script.load_data(None, "diagnosis", None, 0.2)
     forest, best = script.make_forest(params, 42), {"trial": "t", "mean": 0.9}
     with mlflow.start_run() as search:
-        mlflow.log_param("held_out", train.rule)
+        mlflow.log_param("rows", train.dataset.digest)
         script.log_best(best, params, forest, train, test, "accuracy", script.SCORERS["accuracy"])
-    tuned = model_comparison.load_tuned_forest(search.info.run_id, train.rule, 42)
+    tuned = model_comparison.load_tuned_forest(search.info.run_id, train.dataset.digest, 42)
     assert params.items() <= tuned[-1].get_params().items()
     logged = mlflow.sklearn.load_model(f"runs:/{search.info.run_id}/model")
     rebuilt = tuned.fit(train.X, train.y)
