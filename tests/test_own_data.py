@@ -141,7 +141,7 @@ def test_equal_rows_stay_together_and_folds_keep_the_shares_of_the_classes(tmp_p
             dates = train.X["since"].to_numpy()
             assert set(dates[fitted]).isdisjoint(dates[scored])
             off = (train.y.iloc[scored] == "nein").sum() - share * len(scored)
-            assert abs(off) < (1 if train is once else 5)  # rows; groups are harder to deal out
+            assert abs(off) < (1 if train is once else 15)  # rows; groups are harder to deal out
 
 
 # ---- What may stand in it
