@@ -331,4 +331,9 @@ def test_the_digest_of_the_rows_depends_on_all_that_the_folds_depend_on(tmp_path
     ]
     digests = [load(t, tmp_path / "t.csv", TARGET, "who")[0].dataset.digest for t in changed]
     assert len(set(digests)) == len(changed)
-    assert load(table, tmp_path / "t.csv", TARGET, "who")[0].dataset.digest == digests[0]
+    train, _ = load(table, tmp_path / "t.csv", TARGET, "who")
+    assert train.dataset.digest == digests[0]
+    everything = (train.y.notna(), "train", train.rule)
+    for groups in (train.groups, train.groups // 2):
+        rows = model_comparison.select_rows(train.X, train.y, groups, *everything)
+        assert (rows.dataset.digest == digests[0]) == (groups is train.groups)

@@ -238,6 +238,7 @@ def test_an_interrupted_search_is_resumed_then_widened_and_narrowed(interrupted)
     assert again.to_dictionary() == search.to_dictionary()
     (rows, _) = search.inputs.dataset_inputs
     assert search.data.params["rows"] == rows.dataset.digest
+    assert search.data.params["folds"] == "5, shuffled with seed 42"
     script.check_settings(resume, search.data.params)
     for key in ("rows", "folds"):
         with pytest.raises(script.UserError, match="cannot resume"):
