@@ -3,6 +3,7 @@
 import importlib
 import io
 import re
+import shlex
 from pathlib import Path
 
 import mlflow
@@ -197,7 +198,8 @@ def test_the_scores_of_a_search_are_those_of_scikit_learn_and_the_best_wins(main
     assert search.data.tags["mlflow.note.content"] in printed
     assert f"Best of 27 trials: {ranked[0]}\n" in printed
     assert f"Hold-out: accuracy {search.data.metrics['test_accuracy']:.4f}" in printed
-    assert printed.endswith(f"model_comparison.py --tuned {search.info.run_id}\n")
+    script, *options = shlex.split(printed.splitlines()[-1])[2:]
+    assert script.endswith("model_comparison.py") and options == ["--tuned", search.info.run_id]
     for name, trial in trials.items():
         assert f"accuracy {trial.data.metrics['cv_accuracy']:.4f}  {name}\n" in printed
     (cheapest,) = re.findall("^Cheapest within one standard error: (.*), at", printed, re.M)
@@ -250,8 +252,9 @@ def test_the_comparison_is_what_scikit_learn_says_and_what_is_logged(main_job, r
         assert [float(text) for text in line.split()[1:]] == pytest.approx(numbers, rel=1e-3)
     (uri,) = re.findall(r'load_model\("(.*?)"\)', printed)
     assert mlflow.get_logged_model(uri.removeprefix("models:/")).tags["candidate"] == best
-    uri = re.search(r"production_deployment.py --model-uri models:/(\S+)\n$", printed)[1]
-    assert mlflow.get_logged_model(uri).tags["candidate"] == recommended
+    script, option, uri = shlex.split(printed.splitlines()[-1])[2:]
+    assert script.endswith("production_deployment.py") and option == "--model-uri"
+    assert mlflow.get_logged_model(uri.removeprefix("models:/")).tags["candidate"] == recommended
 
 
 def test_the_deployments_print_what_they_log(main_job, rows):

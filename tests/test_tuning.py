@@ -1,11 +1,13 @@
 """The search: the one-standard-error rule, ties, resuming, failed trials, Ctrl-C."""
 
+import contextlib
 import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import mlflow
 import numpy as np
@@ -185,6 +187,16 @@ def interrupted(tmp_path_factory, new_store):
     return folder, process, printed, errors
 
 
+def started_by(process):
+    """Return what is alive of the session that a process leads."""
+    alive = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended since
+            *_, session = stat.read_text().rpartition(")")[2].split()[:4]
+            alive += [stat] if int(session) == process.pid else []
+    return alive
+
+
 def test_ctrl_c_ends_a_search_as_failed_in_silence_and_leaves_no_worker(interrupted):
     folder, process, _, errors = interrupted
     assert process.returncode == 130
@@ -194,12 +206,9 @@ def test_ctrl_c_ends_a_search_as_failed_in_silence_and_leaves_no_worker(interrup
     assert search.info.status == "FAILED"
     assert {trial.info.status for trial in children(search).values()} <= {"FINISHED", "FAILED"}
     deadline = time.monotonic() + SOON
-    alive = True
-    while alive and time.monotonic() < deadline:
-        listed = subprocess.run(["ps", "-o", "pid=", "-s", str(process.pid)], capture_output=True)
-        alive = listed.stdout.split()
+    while started_by(process) and time.monotonic() < deadline:
         time.sleep(0.2)
-    assert not alive
+    assert not started_by(process)
 
 
 def test_an_interrupted_search_is_resumed_then_widened_and_narrowed(interrupted):
