@@ -136,7 +136,7 @@ def main(argv=None):
         mlflow.log_input(test.dataset, context="testing")
         version = register(name, args.model_uri or train_model(train))
 
-        # Judge what will be served: the version, loaded from the registry.
+        print("Judging it as it will be served: loaded from the registry", flush=True)
         candidate = load_model(f"models:/{name}@staging", train.X, train.rule, PACKAGES, TRUSTED)
         baseline = DummyClassifier().fit(train.X, train.y)  # always the most frequent class
         judged = judge({"baseline": baseline, "candidate": candidate}, test.X, test.y)
