@@ -46,7 +46,6 @@ import numpy as np
 import pandas as pd
 from joblib import Parallel, delayed
 from matplotlib.figure import Figure
-from sklearn.base import clone
 from sklearn.compose import make_column_selector, make_column_transformer
 from sklearn.datasets import load_breast_cancer
 from sklearn.dummy import DummyClassifier
@@ -103,7 +102,7 @@ def main(argv=None):
     args = parse_args(argv)
     metric = args.metric
     train, test = load_data(args.csv, args.target, args.id, TEST_SIZE)
-    folds = make_folds(train.y, train.groups, FOLDS, repeats=1, seed=SEED)
+    folds = make_folds(train.y, train.groups, FOLDS, SEED)
     trials = make_trials(PARAM_GRID)
     models = {name: make_forest(params, SEED) for name, params in trials.items()}
 
@@ -115,7 +114,8 @@ def main(argv=None):
         "folds": f"{FOLDS}, shuffled with seed {SEED}",
     }
     if args.resume is not None:
-        check_settings(args.resume, settings)
+        # MLflow refuses to change a parameter: scores with other settings would not compare.
+        mlflow.log_params(settings, run_id=args.resume)
 
     with mlflow.start_run(run_id=args.resume, run_name="grid-search") as search:
         search_id = search.info.run_id
@@ -125,7 +125,7 @@ def main(argv=None):
         mlflow.log_input(test.dataset, context="testing")
 
         # A search that is resumed has finished trials already.
-        finished = find_best_trials(search_id, metric, trials)["trial"].tolist()
+        finished = find_best_trials(search_id, metric, trials).index
         todo = {name: model for name, model in models.items() if name not in finished}
         results = run_trials(todo, train.X, train.y, metric, SCORERS[metric], folds)
         for number, (name, metrics, error) in enumerate(results, start=1):
@@ -137,18 +137,18 @@ def main(argv=None):
         if ranked.empty:
             raise UserError(f"all {len(trials)} trials failed; the last one with {error}")
         best = ranked.iloc[0]
-        name = best["trial"]
-        log_best(best, trials[name], models[name], train, test, metric, SCORERS[metric])
+        log_best(best, trials[best.name], models[best.name], train, test, metric, SCORERS[metric])
 
         cheapest = cheapest_within_one_standard_error(ranked, NOISE)
-        means = mean_scores(ranked, trials, PARAM_GRID)
+        means = mean_scores(ranked, trials)
         report = describe_search(search_id, ranked, cheapest, means, metric)
         mlflow.set_tag("mlflow.note.content", report)
         mlflow.log_figure(draw_search(means, metric), "search.png")
 
     print(f"\n{report}\n")
     print(where_to_look(search))
-    print("Next: ", next_command("model_comparison.py", ["--tuned", search_id], args))
+    options = {"tuned": search_id} | vars(args) | {"resume": None}
+    print("Next: ", next_command("model_comparison.py", options))
 
 
 def parse_args(argv):
@@ -179,13 +179,6 @@ def make_forest(params, seed):
     return add_preprocessing(RandomForestClassifier(**params, random_state=seed))
 
 
-def check_settings(search_id, settings):
-    """Raise UserError if a search has other settings, because its scores would not compare."""
-    before = mlflow.get_run(search_id).data.params
-    if before != settings:
-        raise UserError(f"cannot resume {search_id}: it has {before}, and not {settings}")
-
-
 def run_trials(models, X, y, metric, scorer, folds):
     """Cross-validate models on all cores; yield what `run_trial` returns, as each finishes.
 
@@ -208,14 +201,15 @@ def run_trial(name, model, X, y, metric, scorer, folds):
     """
     try:
         results = cross_validate(model, X, y, cv=folds, scoring=scorer, error_score="raise")
-        if np.isnan(results["test_score"]).any():
+        scores = pd.Series(results["test_score"])
+        if scores.hasnans:
             raise ValueError("the scorer returned nan")
     except Exception as error:  # one that fails must not end the search
         return name, {}, f"{type(error).__name__}: {error}"
     metrics = {
         # Rounded, so that equal scores tie: sums in another order differ in their last bits.
-        f"cv_{metric}": results["test_score"].mean().round(12),
-        f"cv_{metric}_se": results["test_score"].std(ddof=1) / len(folds) ** 0.5,
+        f"cv_{metric}": round(scores.mean(), 12),
+        f"cv_{metric}_se": scores.sem(),
         "fit_seconds": np.median(results["fit_time"]),
     }
     return name, metrics, None
@@ -237,19 +231,17 @@ def find_best_trials(search_id, metric, names):
     Of equal scores, the first by name wins. Only trials with one of these names count.
     """
     runs = mlflow.search_runs(
-        search_all_experiments=True,
         filter_string=f"tags.mlflow.parentRunId = '{search_id}' AND status = 'FINISHED'",
         order_by=[f"metrics.cv_{metric} DESC", "attributes.run_name ASC"],
-        output_format="list",
     )
-    metrics = [f"cv_{metric}", f"cv_{metric}_se", "fit_seconds"]
-    rows = [
-        {"trial": run.info.run_name, **run.data.metrics}
-        for run in runs
-        if run.info.run_name in names
-    ]
-    ranked = pd.DataFrame(rows, columns=["trial", *metrics])
-    return ranked.set_axis(["trial", "mean", "standard_error", "fit_seconds"], axis="columns")
+    columns = {
+        "tags.mlflow.runName": "trial",
+        f"metrics.cv_{metric}": "mean",
+        f"metrics.cv_{metric}_se": "standard_error",
+        "metrics.fit_seconds": "fit_seconds",
+    }
+    ranked = runs.reindex(columns=columns).rename(columns=columns).set_index("trial")
+    return ranked[ranked.index.isin(names)]
 
 
 def log_best(best, params, model, train, test, metric, scorer):
@@ -257,7 +249,7 @@ def log_best(best, params, model, train, test, metric, scorer):
 
     The hold-out scores the model once, and always predicting the most frequent class.
     """
-    mlflow.set_tag("best_trial", best["trial"])
+    mlflow.set_tag("best_trial", best.name)
     # model_comparison.py reads this file. A grid may hold numbers of NumPy, which JSON lacks.
     mlflow.log_text(json.dumps(params, default=np.generic.item), "best_params.json")
     baseline = scorer(DummyClassifier().fit(train.X, train.y), test.X, test.y)
@@ -265,8 +257,8 @@ def log_best(best, params, model, train, test, metric, scorer):
     mlflow.log_metric(f"best_cv_{metric}", best["mean"], dataset=train.dataset)
     mlflow.log_metric(f"baseline_test_{metric}", baseline, dataset=test.dataset)
 
-    fitted = clone(model).fit(train.X, train.y)
-    logged = log_model(fitted, train.X, train.rule, PACKAGES, TRUSTED)
+    model.fit(train.X, train.y)
+    logged = log_model(model, train.X, train.rule)
     reloaded = mlflow.sklearn.load_model(logged.model_uri)
     score = scorer(reloaded, test.X, test.y)
     mlflow.log_metric(f"test_{metric}", score, model_id=logged.model_id, dataset=test.dataset)
@@ -285,40 +277,36 @@ def cheapest_within_one_standard_error(ranked, noise):
     return fast.iloc[0]
 
 
-def mean_scores(ranked, trials, grid):
+def mean_scores(ranked, trials):
     """Return {parameter: Series}: the mean score of the trials with each of its values."""
-    means = {}
-    for parameter, values in grid.items():
-        value_of_trial = [str(trials[name][parameter]) for name in ranked["trial"]]
-        by_value = ranked["mean"].groupby(np.array(value_of_trial)).mean()
-        means[parameter] = by_value.reindex([str(value) for value in values])
-    return means
+    params = pd.DataFrame(trials.values(), index=list(trials), dtype=object).map(str)
+    scores = ranked["mean"].reindex(params.index)  # in the order of the grid
+    return {name: scores.groupby(params[name], sort=False).mean() for name in params}
 
 
 def describe_search(search_id, ranked, cheapest, means, metric):
     """Return what a search found, read back from MLflow, as Markdown with indented tables."""
     metrics = mlflow.get_run(search_id).data.metrics
     best = ranked.iloc[0]
-    shown = ranked.loc[ranked.index[:5].union([cheapest.name])]
-    table = shown.to_string(index=False, float_format="{:.4f}".format)
     share = cheapest["fit_seconds"] / best["fit_seconds"]
-    test, baseline = metrics[f"test_{metric}"], metrics[f"baseline_test_{metric}"]
-    values = {
-        parameter: ", ".join(f"{value}: {score:.4f}" for value, score in scores.items())
-        for parameter, scores in means.items()
-    }
-    return f"""Best of {len(ranked)} trials: {best["trial"]}
-Cheapest within one standard error: {cheapest["trial"]}, at {share:.0%} of its fit time
+    return f"""Best of {len(ranked)} trials: {best.name}
+Cheapest within one standard error: {cheapest.name}, at {share:.0%} of its fit time
 
-The first five, and the cheapest, by their mean {metric} on the folds:
+The first five by their mean {metric} on the folds; that of the cheapest is {cheapest["mean"]:.4f}:
 
-{indent(table, "    ")}
+{format_table(ranked.head().rename_axis(None))}
 
-Hold-out: {metric} {test:.4f}; of always answering the most frequent class: {baseline:.4f}
+Score of the best on the hold-out: {metrics[f"test_{metric}"]:.4f}
+Of always answering the most frequent class: {metrics[f"baseline_test_{metric}"]:.4f}
 
 The mean score with each value. A best one at the edge of its list: try values beyond it.
 
-{indent(pd.Series(values).to_string(), "    ")}"""
+{format_table(pd.concat(means))}"""
+
+
+def format_table(table):
+    """Return a DataFrame or a Series as indented text."""
+    return indent(table.to_string(float_format="{:.4f}".format), "    ")
 
 
 def draw_search(means, metric):
@@ -326,41 +314,28 @@ def draw_search(means, metric):
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
     for parameter, scores in means.items():
-        axes.plot(scores, [parameter] * len(scores), marker="o")
-        for position, (value, score) in enumerate(scores.items()):
-            # Alternately above and below, so that the labels of close points do not overlap.
-            offset = (0, 8 if position % 2 else -16)
-            axes.annotate(value, (score, parameter), offset, textcoords="offset points")
-    axes.margins(y=0.3)
+        axes.plot(scores, f"{parameter}=" + scores.index, marker="o")
+    axes.invert_yaxis()
     axes.set_xlabel(f"Mean {metric} of the trials with this value")
-    axes.set_title("The longer the line, the more the parameter matters in this grid")
+    axes.set_title("The wider the line, the more the parameter matters in this grid")
     return figure
 
 
-def make_folds(y, groups, n_folds, repeats, seed):
+def make_folds(y, groups, n_folds, seed):
     """Return folds as pairs of arrays: positions to train on, positions to score on.
 
     They are stratified by class. Rows of the same group stay on one side of each fold.
     """
-    folds = []
-    for repeat in range(repeats):
-        options = {"n_splits": n_folds, "shuffle": True, "random_state": seed + repeat}
-        if groups.is_unique:
-            folds += StratifiedKFold(**options).split(y, y)
-        else:
-            folds += StratifiedGroupKFold(**options).split(y, y, groups)
-    return folds
+    options = {"n_splits": n_folds, "shuffle": True, "random_state": seed}
+    if groups.is_unique:
+        return list(StratifiedKFold(**options).split(y, y))
+    return list(StratifiedGroupKFold(**options).split(y, y, groups))
 
 
-def next_command(script, options, args):
-    """Return the command that goes on with another script, on the same rows and metric."""
-    command = ["python", str(Path(sys.argv[0]).with_name(script)), *options]
-    defaults = {"csv": None, "target": "diagnosis", "id": None, "metric": "accuracy"}
-    for name, default in defaults.items():
-        value = getattr(args, name)
-        if value != default:
-            command += [f"--{name}", value]
-    return shlex.join(command)
+def next_command(script, options):
+    """Return the command that goes on with another script. An option that is None is left out."""
+    words = [f"--{name}={value}" for name, value in options.items() if value is not None]
+    return shlex.join(["python", str(Path(sys.argv[0]).with_name(script)), *words])
 
 
 # The rest is the same in all three scripts, so you need to read it only once.
@@ -387,25 +362,23 @@ def load_data(csv, target, id_column, test_size):
     None. Rows without a class or an ID are left out. Raises UserError if the table cannot be
     used.
     """
-    name = table_name(csv)
+    name = "breast-cancer" if csv is None else Path(csv).stem
     table = read_table(csv, id_column)
     keys = [target] if id_column is None else [target, id_column]
     if target == id_column or not set(keys) < set(table):
         raise UserError(f"{name} needs columns {keys} and others, but has {list(table)}")
     complete = table.dropna(subset=keys)
     y = read_classes(complete[target])
-    features = complete.drop(columns=target)
-    features = features.apply(lambda column: column.astype("float64", errors="ignore"))
-    X = features.drop(columns=keys, errors="ignore")
+    X = complete.drop(columns=keys).apply(lambda column: column.astype("float64", errors="ignore"))
     if np.isinf(X.select_dtypes("number")).any(axis=None):
         raise UserError(f"{name} has infinite numbers: leave those cells empty")
 
     # Equal rows have the same hash. With an ID, so do all rows of the same ID. It is hashed as
     # text; 12 becomes 12.0 where some program has read it as a number.
-    groups = hash_rows(features)
+    identity = X
     if id_column is not None:
-        ids = complete[id_column].astype(str).str.removesuffix(".0")
-        groups = hash_rows(ids.to_frame())
+        identity = complete[id_column].astype(str).str.removesuffix(".0")
+    groups = pd.util.hash_pandas_object(identity, index=False)
     held_out = is_held_out(groups, test_size)
     print(f"{name}: {len(y)} of {len(table)} rows can be used, {held_out.sum()} are held out")
     check_split(y, groups, held_out, test_size)
@@ -413,13 +386,6 @@ def load_data(csv, target, id_column, test_size):
     train = select_rows(X, y, groups, ~held_out, f"{name}-train", rule)
     test = select_rows(X, y, groups, held_out, f"{name}-test", rule)
     return train, test
-
-
-def table_name(csv):
-    """Return a short name for a CSV file, or for the breast cancer data if it is None."""
-    if csv is None:
-        return "breast-cancer"
-    return re.sub("[^a-z0-9]+", "-", Path(csv).stem.lower()).strip("-") or "table"
 
 
 def read_table(csv, id_column):
@@ -441,47 +407,38 @@ def read_classes(column):
     return column.convert_dtypes().astype(str).astype(object)
 
 
-def hash_rows(table):
-    """Return a number for each row of a table, which depends on nothing but its values."""
-    # A column of whole numbers holds fractions as soon as one of them is missing.
-    numbers = dict.fromkeys(table.select_dtypes("number"), "float64")
-    return pd.util.hash_pandas_object(table.astype(numbers), index=False)
-
-
 def is_held_out(groups, share):
-    """Return True for about this share of the groups (numbers from `hash_rows`).
+    """Return True for about this share of the groups: those with the lowest hashes.
 
-    A row that is held out stays held out when the table grows, so that no later model has
-    trained on it. A random split would hand the rows held out today to the next training.
-    Géron, Hands-On Machine Learning, chapter 2, splits by the hash of an identifier.
+    `groups` are hashes from `pd.util.hash_pandas_object`. It hashes 1 unlike 1.0, so make
+    numbers floats first. A row that is held out stays held out when the table grows, so that
+    no later model has trained on it. A random split would hand the rows held out today to the
+    next training. Géron, Hands-On Machine Learning, chapter 2, splits by the hash of an
+    identifier.
     """
     return groups % 1000 < 1000 * share
 
 
-def check_split(y, groups, held_out, test_size, n_folds=5):
+def check_split(y, groups, held_out, test_size):
     """Raise UserError unless the hold-out has its share, and each class enough training rows."""
     if abs(held_out.mean() - test_size) > 0.1:
         raise UserError(
             f"the hold-out would be {held_out.mean():.0%} of the rows, as they are few or many are "
             "equal: name a column that tells them apart with --id"
         )
-    in_training = groups[~held_out].groupby(y[~held_out]).nunique()
-    if y.nunique() < 2 or len(in_training) < y.nunique() or in_training.min() < n_folds:
+    in_training = groups.mask(held_out).groupby(y).nunique()
+    if len(in_training) < 2 or in_training.min() < 5:
         raise UserError(
-            f"{y.name!r} needs 2 or more classes with {n_folds} or more different training rows "
-            f"each, but has {in_training.sort_values().head().to_dict()}"
+            f"{y.name!r} needs 2 or more classes with 5 or more different training rows each, "
+            f"but has {in_training.nsmallest().to_dict()}"
         )
 
 
 def select_rows(X, y, groups, mask, name, rule):
     """Return the Rows for which the mask is True, with an MLflow data set of this name."""
-    quieten_mlflow()
+    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")  # without git, no advice about it
     table = X[mask].assign(**{y.name: y[mask]})
-    # Depends on groups and order, as the folds do. MLflow's own digest leaves out the rows
-    # after the first 10,000.
-    hashes = (hash_rows(table) ^ groups[mask]).to_numpy()
-    digest = f"{(hashes * np.arange(1, len(table) + 1, dtype='uint64')).sum():x}"
-    dataset = mlflow.data.from_pandas(table, targets=y.name, name=name, digest=digest)
+    dataset = mlflow.data.from_pandas(table, targets=y.name, name=name)
     return Rows(X[mask], y[mask], groups[mask], dataset, rule)
 
 
@@ -491,21 +448,18 @@ def add_preprocessing(model):
     A missing number becomes the mean of its column; then all numbers are scaled. A text column
     becomes up to 20 one-hot columns; missing text is a value of its own.
     """
+    is_number = make_column_selector(dtype_include="number")
     numbers = make_pipeline(SimpleImputer(keep_empty_features=True), StandardScaler())
     text = make_pipeline(
         # Missing text is NaN in a table, and None in a request as JSON.
-        SimpleImputer(missing_values=np.nan, strategy="constant", keep_empty_features=True),
+        SimpleImputer(strategy="constant", keep_empty_features=True),
         SimpleImputer(missing_values=None, strategy="constant", keep_empty_features=True),
         OneHotEncoder(handle_unknown="ignore", max_categories=20, sparse_output=False),
     )
-    columns = make_column_transformer(
-        (numbers, make_column_selector(dtype_include="number")),
-        (text, make_column_selector(dtype_exclude="number")),
-    )
-    return make_pipeline(columns, model)
+    return make_pipeline(make_column_transformer((numbers, is_number), remainder=text), model)
 
 
-def log_model(model, X, rule, packages, trusted_types):
+def log_model(model, X, rule):
     """Log a model to the active run, ready to be served. Returns MLflow's ModelInfo.
 
     X are the rows that it was fitted on. The rule by which rows were held out goes with it.
@@ -514,27 +468,24 @@ def log_model(model, X, rule, packages, trusted_types):
         model,
         name="model",
         serialization_format="skops",  # a pickle can run any code when it is loaded
-        skops_trusted_types=trusted_types,
+        skops_trusted_types=TRUSTED,
         signature=mlflow.models.infer_signature(X, model.predict(X.head())),
         input_example=X.head(),
-        pip_requirements=[f"{package}=={metadata.version(package)}" for package in packages],
+        pip_requirements=[f"{package}=={metadata.version(package)}" for package in PACKAGES],
         metadata={"held_out": rule},
     )
 
 
-def quieten_mlflow():
-    """Let MLflow print errors only, and give up on a dead server within seconds."""
-    logging.getLogger("mlflow").setLevel(logging.ERROR)
-    logging.getLogger("alembic").setLevel(logging.ERROR)
-    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")  # without git, no advice about it
+def open_store(experiment):
+    """Select an experiment in the store of MLFLOW_TRACKING_URI, or in mlflow.db in this folder.
+
+    Lets MLflow print errors only, and give up on a dead server within seconds.
+    """
+    logging.getLogger("mlflow").setLevel("ERROR")
+    logging.getLogger("alembic").setLevel("ERROR")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-
-
-def open_store(experiment):
-    """Select an experiment in the store of MLFLOW_TRACKING_URI, or in mlflow.db in this folder."""
-    quieten_mlflow()
     if not mlflow.is_tracking_uri_set():
         mlflow.set_tracking_uri("sqlite:///mlflow.db")
         # Two processes that make the tables of a new database at once would break it.
@@ -547,11 +498,11 @@ def open_store(experiment):
 def where_to_look(run):
     """Return how to open the page of a run in the MLflow UI."""
     page = f"#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
+    page += "?workflowType=machine_learning"
     store = hide_login(mlflow.get_tracking_uri())
-    server, command = "http://127.0.0.1:5000", f'mlflow ui --backend-store-uri "{store}"\n       '
     if store.startswith("http"):
-        server, command = store, ""
-    return f"Look:  {command}{server}/{page}?workflowType=machine_learning"
+        return f"Look:  {store}/{page}"
+    return f'Look:  mlflow ui --backend-store-uri "{store}"\n       http://127.0.0.1:5000/{page}'
 
 
 def hide_login(text):

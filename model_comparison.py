@@ -51,7 +51,6 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from scipy import stats
-from sklearn.base import clone
 from sklearn.compose import make_column_selector, make_column_transformer
 from sklearn.datasets import load_breast_cancer
 from sklearn.dummy import DummyClassifier
@@ -110,11 +109,13 @@ def main(argv=None):
     train, test = load_data(args.csv, args.target, args.id, TEST_SIZE)
     # Each repeat scores every row once. 15,000 scored rows make the means steady enough.
     repeats = max(2, min(REPEATS, 15_000 // len(train.X)))
-    folds = make_folds(train.y, train.groups, FOLDS, repeats, SEED)
+    folds = []
+    for repeat in range(repeats):
+        folds += make_folds(train.y, train.groups, FOLDS, SEED + repeat)
     models = make_candidates(len(train.X), SEED)
     open_store(EXPERIMENT)
     if args.tuned is not None:
-        models["tuned_forest"] = load_tuned_forest(args.tuned, train.dataset.digest, SEED)
+        models["tuned_forest"] = load_tuned_forest(args.tuned, train.dataset.digest)
 
     print(f"{len(models) - 1} candidates and a baseline, on {repeats} x {FOLDS} folds", flush=True)
     with mlflow.start_run(run_name="comparison") as comparison:
@@ -126,31 +127,30 @@ def main(argv=None):
         for name, model in models.items():
             scores = score_folds(model, train.X, train.y, SCORERS, folds)
             fold_scores[name] = scores[f"cv_{metric}"]
-            log_candidate(name, model, scores, train, test, SCORERS)
+            log_candidate(comparison_id, name, model, scores, train, test)
             print(f"    {name:20} {metric} {fold_scores[name].mean():.4f}", flush=True)
         mlflow.log_text(fold_scores.to_csv(index_label="fold"), "folds.csv")
 
-        logged = find_best_models(comparison_id, metric)
-        latencies = measure_latencies(logged, train.X.head(1))
-        log_against_best(logged, fold_scores, latencies, ROPE, folds)
+        ranked = find_best_models(comparison_id, metric)
+        ranked["latency_ms"] = measure_latencies(ranked["model_uri"], train.X.head(1))
+        log_against_best(ranked, fold_scores, folds, ROPE)
 
-        # Ask again, now with the probabilities and latencies.
-        ranked = tabulate(find_best_models(comparison_id, metric))
+        # Ask again, now with what has just been logged.
+        ranked = find_best_models(comparison_id, metric)
         best = ranked.index[0]
         recommended = recommend(ranked, RISK, NOISE)
-        report = describe_comparison(ranked, recommended, metric, SCORERS, ROPE, RISK)
-        figure = draw_comparison(ranked, fold_scores, folds, ROPE, metric)
+        report = describe_comparison(ranked, recommended, metric)
         mlflow.set_tags({"best_model": best, "recommended_model": recommended})
         mlflow.set_tag("mlflow.note.content", report)
-        mlflow.log_figure(figure, "comparison.png")
+        mlflow.log_figure(draw_comparison(ranked, metric), "comparison.png")
 
     print(f"\n{report}\n")
     print(f'Load:  mlflow.pyfunc.load_model("{ranked.loc[best, "model_uri"]}")  # the best')
     print(where_to_look(comparison))
     if recommended is None:
         raise UserError(f"no candidate is shown to beat the baseline by more than {ROPE}")
-    model_uri = ranked.loc[recommended, "model_uri"]
-    print("Next: ", next_command("production_deployment.py", ["--model-uri", model_uri], args))
+    options = {"model-uri": ranked.loc[recommended, "model_uri"]} | vars(args) | {"tuned": None}
+    print("Next: ", next_command("production_deployment.py", options))
 
 
 def parse_args(argv):
@@ -173,17 +173,17 @@ def make_candidates(n_rows, seed):
     if n_rows > 10_000:  # the time that an SVC takes grows with the square of the rows
         svm = make_pipeline(Nystroem(random_state=seed), LinearSVC(random_state=seed))
     classifiers = {
+        # Always predicts the most frequent class: who does not beat that has learned nothing.
+        "baseline": DummyClassifier(),
         "logistic_regression": LogisticRegression(max_iter=1000),
         "svm": svm,
         "gradient_boosting": HistGradientBoostingClassifier(random_state=seed),
         "random_forest": RandomForestClassifier(random_state=seed),
     }
-    candidates = {name: add_preprocessing(model) for name, model in classifiers.items()}
-    # Always predicts the most frequent class: who does not beat that has learned nothing.
-    return {"baseline": make_pipeline(DummyClassifier())} | candidates
+    return {name: add_preprocessing(model) for name, model in classifiers.items()}
 
 
-def load_tuned_forest(search_id, rows, seed):
+def load_tuned_forest(search_id, rows):
     """Return an unfitted forest with the best parameters of a search.
 
     Raises UserError unless the search is finished, and had the training rows of this digest.
@@ -192,9 +192,8 @@ def load_tuned_forest(search_id, rows, seed):
     if search.info.status != "FINISHED" or search.data.params.get("rows") != rows:
         raise UserError(f"{search_id} is not a finished search on the training rows of this table")
     params = mlflow.artifacts.load_dict(f"runs:/{search_id}/best_params.json")
-    print("Note: tuned_forest was chosen on the training rows, so its scores on the folds are a")
-    print("      little too good; its score on the hold-out is not")
-    return add_preprocessing(RandomForestClassifier(**params, random_state=seed))
+    print("Note: tuned_forest was chosen on these rows, so its scores on folds are a bit too good")
+    return add_preprocessing(RandomForestClassifier(**params, random_state=SEED))
 
 
 def score_folds(model, X, y, scorers, folds):
@@ -207,37 +206,33 @@ def score_folds(model, X, y, scorers, folds):
     return scores.assign(fit_seconds=results["fit_time"])
 
 
-def log_candidate(name, model, scores, train, test, scorers):
+def log_candidate(comparison_id, name, model, scores, train, test):
     """Log a candidate as a child of the active run: its folds, its model, its hold-out scores."""
-    comparison_id = mlflow.active_run().info.run_id
     with mlflow.start_run(run_name=name, nested=True):
         mlflow.log_params(model[-1].get_params())
-        fitted = clone(model).fit(train.X, train.y)
-        logged = log_model(fitted, train.X, train.rule, PACKAGES, TRUSTED)
+        model.fit(train.X, train.y)
+        logged = log_model(model, train.X, train.rule)
         # A query finds the model by these tags.
         tags = {"candidate": name, "comparison": comparison_id}
         mlflow.set_logged_model_tags(logged.model_id, tags)
 
         # Rounded, so that equal scores tie: sums in another order differ in their last bits.
-        means = scores.mean().round(12)
-        deviations = scores.drop(columns="fit_seconds").std().add_suffix("_std")
-        on_folds = {**means, **deviations}
-        mlflow.log_metrics(on_folds, model_id=logged.model_id, dataset=train.dataset)
+        means = scores.mean().round(12).to_dict()
+        mlflow.log_metrics(means, model_id=logged.model_id, dataset=train.dataset)
 
         served = mlflow.pyfunc.load_model(logged.model_uri)
         reloaded = served.get_raw_model()
-        held_out = {f"test_{m}": scorer(reloaded, test.X, test.y) for m, scorer in scorers.items()}
+        held_out = {f"test_{m}": scorer(reloaded, test.X, test.y) for m, scorer in SCORERS.items()}
         mlflow.log_metrics(held_out, model_id=logged.model_id, dataset=test.dataset)
         mlflow.log_metric("model_size_bytes", served.metadata.model_size_bytes)
 
 
 def find_best_models(comparison_id, metric):
-    """Ask MLflow for the models of a comparison. Return a list of LoggedModel, the best first.
+    """Ask MLflow for the models of a comparison. Return a DataFrame, the best model first.
 
-    Of equal scores, the first candidate wins.
+    It has a row for each candidate, with its metrics. Of equal scores, the first candidate wins.
     """
-    return mlflow.search_logged_models(
-        [mlflow.get_run(comparison_id).info.experiment_id],
+    models = mlflow.search_logged_models(
         filter_string=f"tags.comparison = '{comparison_id}'",
         order_by=[
             {"field_name": f"metrics.cv_{metric}", "ascending": False},
@@ -245,39 +240,33 @@ def find_best_models(comparison_id, metric):
         ],
         output_format="list",
     )
+    rows = {}
+    for model in models:
+        row = {metric.key: metric.value for metric in model.metrics}
+        row["model_uri"], row["model_id"] = model.model_uri, model.model_id
+        row["run_id"] = model.source_run_id
+        rows[model.tags["candidate"]] = row
+    return pd.DataFrame.from_dict(rows, orient="index")
 
 
-def log_against_best(models, fold_scores, latencies, rope, folds):
-    """Log to the run of each model its latency, and how it compares with the best, models[0].
+def log_against_best(ranked, fold_scores, folds, rope):
+    """Log to the run of each candidate its latency, and how it compares with the best.
 
     The best was chosen by these same scores, so its lead is a little too large.
     """
-    best = models[0].tags["candidate"]
-    for model in models:
-        name = model.tags["candidate"]
-        metrics = probabilities(fold_scores[name] - fold_scores[best], rope, folds)
-        metrics["latency_ms"] = latencies[name]
-        mlflow.log_metrics(metrics, run_id=model.source_run_id, model_id=model.model_id)
+    for name, model in ranked.iterrows():
+        metrics = correlated_t_test(fold_scores[name] - fold_scores[ranked.index[0]], rope, folds)
+        metrics["latency_ms"] = model["latency_ms"]
+        mlflow.log_metrics(metrics, run_id=model["run_id"], model_id=model["model_id"])
 
 
-def probabilities(differences, rope, folds):
-    """Return the probabilities that a model is worse than another, practically the same, or better.
+def correlated_t_test(differences, rope, folds):
+    """Return how much better a model is than another, and how probable it is that it is worse.
 
     This is the Bayesian correlated t-test of Benavoli, Corani, Demšar and Zaffalon (Journal
     of Machine Learning Research 18, 2017). `differences` are the scores of the one model
     minus those of the other, on each of these `folds`. A difference of up to `rope`, in units
     of the score, counts as none.
-    """
-    if rope != 0 and not rope >= np.std(np.asarray(differences)) / 100:
-        raise ValueError(f"a rope of {rope} does not fit these scores")
-    posterior = posterior_of_mean(differences, folds)
-    p_worse = float(posterior.cdf(-rope))
-    p_better = float(posterior.sf(rope))
-    return {"p_worse": p_worse, "p_equivalent": 1 - p_worse - p_better, "p_better": p_better}
-
-
-def posterior_of_mean(differences, folds):
-    """Return the posterior of the mean difference, a Student t distribution from scipy.stats.
 
     Folds share training rows, so their scores are correlated. The variance of the mean is
     therefore not variance / n, but variance * (1 / n + test rows / training rows) (Nadeau and
@@ -286,35 +275,35 @@ def posterior_of_mean(differences, folds):
     n = len(differences)
     if n != len(folds):
         raise ValueError(f"{n} differences, but {len(folds)} folds")
+    variance = np.var(np.asarray(differences), ddof=1)
+    if rope != 0 and not rope >= variance**0.5 / 100:
+        raise ValueError(f"a rope of {rope} does not fit these scores")
     share = np.mean([len(test) / len(train) for train, test in folds])
-    variance = np.var(differences, ddof=1) * (1 / n + share)
     # The best differs from itself by zero on all folds, and SciPy has no scale of zero.
-    return stats.t(df=n - 1, loc=np.mean(differences), scale=max(variance**0.5, 1e-12))
+    scale = max((variance * (1 / n + share)) ** 0.5, 1e-12)
+    difference = stats.t(df=n - 1, loc=np.mean(differences), scale=scale)
+    return {
+        "difference": difference.mean(),
+        "difference_margin": difference.ppf(0.975) - difference.mean(),
+        "p_worse": difference.cdf(-rope),
+        "p_equivalent": difference.cdf(rope) - difference.cdf(-rope),
+        "p_better": difference.sf(rope),
+    }
 
 
-def measure_latencies(models, row, rounds=50):
-    """Return {candidate: median time of predict() for one row, in milliseconds}: without HTTP.
+def measure_latencies(model_uris, row, rounds=50):
+    """Return the median times of predict() for one row, in milliseconds: without HTTP.
 
     The models take turns, each on one core, so that other work on this machine slows all of
     them down alike.
     """
-    names = [model.tags["candidate"] for model in models]
-    served = [mlflow.pyfunc.load_model(model.model_uri) for model in models]
+    served = [mlflow.pyfunc.load_model(uri) for uri in model_uris]
+    seconds = []
     with threadpool_limits(1):
-        seconds = [
-            [timeit.timeit(partial(model.predict, row), number=1) for model in served]
-            for _ in range(rounds)
-        ]
-    return dict(zip(names, 1000 * np.median(seconds, axis=0), strict=True))
-
-
-def tabulate(models):
-    """Return a DataFrame with a row for each logged model: its address and its metrics."""
-    rows = [
-        {"model_uri": model.model_uri, **{metric.key: metric.value for metric in model.metrics}}
-        for model in models
-    ]
-    return pd.DataFrame(rows, index=[model.tags["candidate"] for model in models])
+        for _ in range(rounds):
+            turn = [timeit.timeit(partial(model.predict, row), number=1) for model in served]
+            seconds.append(turn)
+    return 1000 * np.median(seconds, axis=0)
 
 
 def recommend(ranked, risk, noise):
@@ -331,38 +320,24 @@ def recommend(ranked, risk, noise):
     return fast.index[0]
 
 
-def say_verdict(p_worse, risk):
-    """Put the probability that a model is worse than the best into words, with a number."""
-    if p_worse >= 0.95:
-        return f"worse ({p_worse:.0%})"
-    if p_worse >= 1 - risk:
-        return f"probably worse ({p_worse:.0%})"
-    if p_worse > risk:
-        return f"undecided (worse: {p_worse:.0%})"
-    if p_worse > 0.05:
-        return f"probably as good ({1 - p_worse:.0%})"
-    return f"as good ({1 - p_worse:.0%})"
-
-
-def describe_comparison(ranked, recommended, metric, metrics, rope, risk):
+def describe_comparison(ranked, recommended, metric):
     """Return what a comparison found, as Markdown. `ranked` has the best first."""
-    best = ranked.index[0]
-    reason = f"as good as {best}, or nearly so, and faster"
-    if recommended == best:
+    reason = f"as good as {ranked.index[0]}, or nearly so, and faster"
+    if recommended == ranked.index[0]:
         reason = "the best, and none that is as good is clearly faster"
     if recommended is None:
         reason = "the baseline may be as good as the best"
-    verdicts = [say_verdict(p_worse, risk) for p_worse in ranked["p_worse"]]
-    verdicts[0] = "the best"
-    choice = ranked.assign(**{"against the best": verdicts})
-    choice = choice[[f"cv_{metric}", "against the best", "latency_ms"]]
-    scores = ranked[[*(f"cv_{name}" for name in metrics), f"test_{metric}", "fit_seconds"]]
+    limits = [-1, 0.05, RISK, 1 - RISK, 0.95, 1]
+    words = ["as good", "probably as good", "undecided", "probably worse", "worse"]
+    ranked = ranked.assign(verdict=pd.cut(ranked["p_worse"], limits, labels=words))
+    choice = ranked[[f"cv_{metric}", "p_worse", "verdict", "latency_ms"]]
+    scores = ranked[[*ranked.filter(like="cv_"), f"test_{metric}", "fit_seconds"]]
     return f"""Recommended: {recommended} ({reason})
 
 {format_table(choice)}
 
-A percentage is a probability for this data set and this split. A difference of up to {rope} counts
-as none. The best was chosen by these same scores, so its lead is a little too large.
+p_worse is the probability, for this data set and this split, of being worse than the best by more
+than {ROPE}. The best was chosen by these same scores, so its lead is a little too large.
 
 Means over the folds (precision, recall and F1 over the classes, too); on the hold-out, the score:
 
@@ -371,55 +346,37 @@ Means over the folds (precision, recall and F1 over the classes, too); on the ho
 
 def format_table(table):
     """Return a DataFrame as indented text."""
-    table = table.rename(columns=lambda column: column.removeprefix("cv_"))
     return indent(table.to_string(float_format="{:.4g}".format), "    ")
 
 
-def draw_comparison(ranked, fold_scores, folds, rope, metric):
-    """Return a figure: how far each model is from the best, and score against latency."""
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    differences_axes, costs_axes = figure.subplots(1, 2)
-    best = ranked.index[0]
-    for name, row in ranked.drop("baseline").iterrows():
-        posterior = posterior_of_mean(fold_scores[name] - fold_scores[best], folds)
-        differences_axes.plot(posterior.interval(0.95), [name, name], linewidth=3)
-        differences_axes.plot(posterior.mean(), name, "ko")
-        point = (row["latency_ms"], row[f"cv_{metric}"])
-        costs_axes.plot(*point, "o", markersize=9)
-        costs_axes.annotate(name, point, (8, -3), textcoords="offset points")
-    differences_axes.axvspan(-rope, rope, color="tab:green", alpha=0.15)
-    differences_axes.invert_yaxis()
-    differences_axes.set(xlabel=f"{metric} minus that of the best, 95 % intervals")
-    differences_axes.set_title("In the green band, a difference does not matter")
-    costs_axes.set_xlim(0, 1.5 * ranked["latency_ms"].max())  # room for the names
-    costs_axes.set(xlabel="Latency of one row, median (ms)", ylabel=f"Mean {metric} on the folds")
+def draw_comparison(ranked, metric):
+    """Return a figure: how far each model is from the best, with 95 % intervals."""
+    models = ranked.drop("baseline")
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.errorbar(models["difference"], models.index, xerr=models["difference_margin"], fmt="o")
+    axes.axvspan(-ROPE, ROPE, color="tab:green", alpha=0.15)
+    axes.invert_yaxis()
+    axes.set_xlabel(f"{metric} minus that of the best, 95 % intervals")
+    axes.set_title("In the green band, a difference does not matter")
     return figure
 
 
-def make_folds(y, groups, n_folds, repeats, seed):
+def make_folds(y, groups, n_folds, seed):
     """Return folds as pairs of arrays: positions to train on, positions to score on.
 
     They are stratified by class. Rows of the same group stay on one side of each fold.
     """
-    folds = []
-    for repeat in range(repeats):
-        options = {"n_splits": n_folds, "shuffle": True, "random_state": seed + repeat}
-        if groups.is_unique:
-            folds += StratifiedKFold(**options).split(y, y)
-        else:
-            folds += StratifiedGroupKFold(**options).split(y, y, groups)
-    return folds
+    options = {"n_splits": n_folds, "shuffle": True, "random_state": seed}
+    if groups.is_unique:
+        return list(StratifiedKFold(**options).split(y, y))
+    return list(StratifiedGroupKFold(**options).split(y, y, groups))
 
 
-def next_command(script, options, args):
-    """Return the command that goes on with another script, on the same rows and metric."""
-    command = ["python", str(Path(sys.argv[0]).with_name(script)), *options]
-    defaults = {"csv": None, "target": "diagnosis", "id": None, "metric": "accuracy"}
-    for name, default in defaults.items():
-        value = getattr(args, name)
-        if value != default:
-            command += [f"--{name}", value]
-    return shlex.join(command)
+def next_command(script, options):
+    """Return the command that goes on with another script. An option that is None is left out."""
+    words = [f"--{name}={value}" for name, value in options.items() if value is not None]
+    return shlex.join(["python", str(Path(sys.argv[0]).with_name(script)), *words])
 
 
 # The rest is the same in all three scripts, so you need to read it only once.
@@ -446,25 +403,23 @@ def load_data(csv, target, id_column, test_size):
     None. Rows without a class or an ID are left out. Raises UserError if the table cannot be
     used.
     """
-    name = table_name(csv)
+    name = "breast-cancer" if csv is None else Path(csv).stem
     table = read_table(csv, id_column)
     keys = [target] if id_column is None else [target, id_column]
     if target == id_column or not set(keys) < set(table):
         raise UserError(f"{name} needs columns {keys} and others, but has {list(table)}")
     complete = table.dropna(subset=keys)
     y = read_classes(complete[target])
-    features = complete.drop(columns=target)
-    features = features.apply(lambda column: column.astype("float64", errors="ignore"))
-    X = features.drop(columns=keys, errors="ignore")
+    X = complete.drop(columns=keys).apply(lambda column: column.astype("float64", errors="ignore"))
     if np.isinf(X.select_dtypes("number")).any(axis=None):
         raise UserError(f"{name} has infinite numbers: leave those cells empty")
 
     # Equal rows have the same hash. With an ID, so do all rows of the same ID. It is hashed as
     # text; 12 becomes 12.0 where some program has read it as a number.
-    groups = hash_rows(features)
+    identity = X
     if id_column is not None:
-        ids = complete[id_column].astype(str).str.removesuffix(".0")
-        groups = hash_rows(ids.to_frame())
+        identity = complete[id_column].astype(str).str.removesuffix(".0")
+    groups = pd.util.hash_pandas_object(identity, index=False)
     held_out = is_held_out(groups, test_size)
     print(f"{name}: {len(y)} of {len(table)} rows can be used, {held_out.sum()} are held out")
     check_split(y, groups, held_out, test_size)
@@ -472,13 +427,6 @@ def load_data(csv, target, id_column, test_size):
     train = select_rows(X, y, groups, ~held_out, f"{name}-train", rule)
     test = select_rows(X, y, groups, held_out, f"{name}-test", rule)
     return train, test
-
-
-def table_name(csv):
-    """Return a short name for a CSV file, or for the breast cancer data if it is None."""
-    if csv is None:
-        return "breast-cancer"
-    return re.sub("[^a-z0-9]+", "-", Path(csv).stem.lower()).strip("-") or "table"
 
 
 def read_table(csv, id_column):
@@ -500,47 +448,38 @@ def read_classes(column):
     return column.convert_dtypes().astype(str).astype(object)
 
 
-def hash_rows(table):
-    """Return a number for each row of a table, which depends on nothing but its values."""
-    # A column of whole numbers holds fractions as soon as one of them is missing.
-    numbers = dict.fromkeys(table.select_dtypes("number"), "float64")
-    return pd.util.hash_pandas_object(table.astype(numbers), index=False)
-
-
 def is_held_out(groups, share):
-    """Return True for about this share of the groups (numbers from `hash_rows`).
+    """Return True for about this share of the groups: those with the lowest hashes.
 
-    A row that is held out stays held out when the table grows, so that no later model has
-    trained on it. A random split would hand the rows held out today to the next training.
-    Géron, Hands-On Machine Learning, chapter 2, splits by the hash of an identifier.
+    `groups` are hashes from `pd.util.hash_pandas_object`. It hashes 1 unlike 1.0, so make
+    numbers floats first. A row that is held out stays held out when the table grows, so that
+    no later model has trained on it. A random split would hand the rows held out today to the
+    next training. Géron, Hands-On Machine Learning, chapter 2, splits by the hash of an
+    identifier.
     """
     return groups % 1000 < 1000 * share
 
 
-def check_split(y, groups, held_out, test_size, n_folds=5):
+def check_split(y, groups, held_out, test_size):
     """Raise UserError unless the hold-out has its share, and each class enough training rows."""
     if abs(held_out.mean() - test_size) > 0.1:
         raise UserError(
             f"the hold-out would be {held_out.mean():.0%} of the rows, as they are few or many are "
             "equal: name a column that tells them apart with --id"
         )
-    in_training = groups[~held_out].groupby(y[~held_out]).nunique()
-    if y.nunique() < 2 or len(in_training) < y.nunique() or in_training.min() < n_folds:
+    in_training = groups.mask(held_out).groupby(y).nunique()
+    if len(in_training) < 2 or in_training.min() < 5:
         raise UserError(
-            f"{y.name!r} needs 2 or more classes with {n_folds} or more different training rows "
-            f"each, but has {in_training.sort_values().head().to_dict()}"
+            f"{y.name!r} needs 2 or more classes with 5 or more different training rows each, "
+            f"but has {in_training.nsmallest().to_dict()}"
         )
 
 
 def select_rows(X, y, groups, mask, name, rule):
     """Return the Rows for which the mask is True, with an MLflow data set of this name."""
-    quieten_mlflow()
+    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")  # without git, no advice about it
     table = X[mask].assign(**{y.name: y[mask]})
-    # Depends on groups and order, as the folds do. MLflow's own digest leaves out the rows
-    # after the first 10,000.
-    hashes = (hash_rows(table) ^ groups[mask]).to_numpy()
-    digest = f"{(hashes * np.arange(1, len(table) + 1, dtype='uint64')).sum():x}"
-    dataset = mlflow.data.from_pandas(table, targets=y.name, name=name, digest=digest)
+    dataset = mlflow.data.from_pandas(table, targets=y.name, name=name)
     return Rows(X[mask], y[mask], groups[mask], dataset, rule)
 
 
@@ -550,21 +489,18 @@ def add_preprocessing(model):
     A missing number becomes the mean of its column; then all numbers are scaled. A text column
     becomes up to 20 one-hot columns; missing text is a value of its own.
     """
+    is_number = make_column_selector(dtype_include="number")
     numbers = make_pipeline(SimpleImputer(keep_empty_features=True), StandardScaler())
     text = make_pipeline(
         # Missing text is NaN in a table, and None in a request as JSON.
-        SimpleImputer(missing_values=np.nan, strategy="constant", keep_empty_features=True),
+        SimpleImputer(strategy="constant", keep_empty_features=True),
         SimpleImputer(missing_values=None, strategy="constant", keep_empty_features=True),
         OneHotEncoder(handle_unknown="ignore", max_categories=20, sparse_output=False),
     )
-    columns = make_column_transformer(
-        (numbers, make_column_selector(dtype_include="number")),
-        (text, make_column_selector(dtype_exclude="number")),
-    )
-    return make_pipeline(columns, model)
+    return make_pipeline(make_column_transformer((numbers, is_number), remainder=text), model)
 
 
-def log_model(model, X, rule, packages, trusted_types):
+def log_model(model, X, rule):
     """Log a model to the active run, ready to be served. Returns MLflow's ModelInfo.
 
     X are the rows that it was fitted on. The rule by which rows were held out goes with it.
@@ -573,27 +509,24 @@ def log_model(model, X, rule, packages, trusted_types):
         model,
         name="model",
         serialization_format="skops",  # a pickle can run any code when it is loaded
-        skops_trusted_types=trusted_types,
+        skops_trusted_types=TRUSTED,
         signature=mlflow.models.infer_signature(X, model.predict(X.head())),
         input_example=X.head(),
-        pip_requirements=[f"{package}=={metadata.version(package)}" for package in packages],
+        pip_requirements=[f"{package}=={metadata.version(package)}" for package in PACKAGES],
         metadata={"held_out": rule},
     )
 
 
-def quieten_mlflow():
-    """Let MLflow print errors only, and give up on a dead server within seconds."""
-    logging.getLogger("mlflow").setLevel(logging.ERROR)
-    logging.getLogger("alembic").setLevel(logging.ERROR)
-    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")  # without git, no advice about it
+def open_store(experiment):
+    """Select an experiment in the store of MLFLOW_TRACKING_URI, or in mlflow.db in this folder.
+
+    Lets MLflow print errors only, and give up on a dead server within seconds.
+    """
+    logging.getLogger("mlflow").setLevel("ERROR")
+    logging.getLogger("alembic").setLevel("ERROR")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-
-
-def open_store(experiment):
-    """Select an experiment in the store of MLFLOW_TRACKING_URI, or in mlflow.db in this folder."""
-    quieten_mlflow()
     if not mlflow.is_tracking_uri_set():
         mlflow.set_tracking_uri("sqlite:///mlflow.db")
         # Two processes that make the tables of a new database at once would break it.
@@ -606,11 +539,11 @@ def open_store(experiment):
 def where_to_look(run):
     """Return how to open the page of a run in the MLflow UI."""
     page = f"#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
+    page += "?workflowType=machine_learning"
     store = hide_login(mlflow.get_tracking_uri())
-    server, command = "http://127.0.0.1:5000", f'mlflow ui --backend-store-uri "{store}"\n       '
     if store.startswith("http"):
-        server, command = store, ""
-    return f"Look:  {command}{server}/{page}?workflowType=machine_learning"
+        return f"Look:  {store}/{page}"
+    return f'Look:  mlflow ui --backend-store-uri "{store}"\n       http://127.0.0.1:5000/{page}'
 
 
 def hide_login(text):

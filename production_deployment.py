@@ -119,16 +119,21 @@ def main(argv=None):
 
     train, test = load_data(args.csv, args.target, args.id, TEST_SIZE)
     open_store(EXPERIMENT)
+    gate = dict(GATE)
+    if args.min_score is not None:
+        gate["score"] = MetricThreshold(threshold=args.min_score, greater_is_better=True)
+    models = {"baseline": DummyClassifier().fit(train.X, train.y)}  # the most frequent class
     replaces = get_aliases(name).get("production")  # the number of a version, or None
-    production = None  # what that version predicts for the hold-out
     if replaces is None or args.without_comparison:
-        others = [model.name for model in mlflow.search_registered_models(max_results=5)]
-        print(f"{name} is compared with nothing. Models here, the first five: {others}; see --name")
+        compared_with = "nothing"
+        gate.pop("p_worse_than_production", None)
     else:
-        production = predict_with_champion(name, train, test)
+        compared_with = f"version {replaces}"
+        print(f"Loading {compared_with}, to compare with it; --without-comparison goes without it")
+        models["production"] = load_model(f"models:/{name}/{replaces}", train)
     if args.model_uri is not None:
         # Before the run starts, so that a model that is refused here leaves nothing behind.
-        load_model(args.model_uri, train.X, train.rule, PACKAGES, TRUSTED)
+        load_model(args.model_uri, train)
 
     with mlflow.start_run(run_name="deployment") as deployment:
         mlflow.log_param("metric", args.metric)
@@ -137,25 +142,19 @@ def main(argv=None):
         version = register(name, args.model_uri or train_model(train))
 
         print("Judging it as it will be served: loaded from the registry", flush=True)
-        candidate = load_model(f"models:/{name}@staging", train.X, train.rule, PACKAGES, TRUSTED)
-        baseline = DummyClassifier().fit(train.X, train.y)  # always the most frequent class
-        judged = judge({"baseline": baseline, "candidate": candidate}, test.X, test.y)
-        if production is not None:
-            judged["production"] = production
+        models["candidate"] = candidate = load_model(f"models:/{name}/{version}", train)
+        judged = judge(models, test.X, test.y)
         metrics = gate_metrics(judged, test.groups, METRICS[args.metric], SEED)
         metrics["latency_ms"] = median_latency_ms(candidate, test.X)
         mlflow.log_metrics(metrics, model_id=candidate.model_id, dataset=test.dataset)
-        metrics = mlflow.get_run(deployment.info.run_id).data.metrics  # as they are logged
         mlflow.log_figure(draw_confusion(judged), "confusion.png")
 
-        if get_aliases(name)["staging"] != version:
-            raise UserError("another deployment has staged a version since; run this again")
-        gate = choose_gate(GATE, "production" in judged, args.min_score)
+        metrics = mlflow.get_run(deployment.info.run_id).data.metrics  # as they are logged
         missed = missed_limits(metrics, gate)
-        compared_with = f"version {replaces}" if "production" in judged else "nothing"
-        title = f"Version {version} by {args.metric}, compared with {compared_with}"
-        report = describe_verdict(title, metrics, gate, missed, len(judged))
-        log_verdict(name, version, compared_with, report, missed)
+        verdict = "failed" if missed else "passed"
+        title = f"Version {version} {verdict}, by {args.metric}, compared with {compared_with}"
+        report = f"{title}\n\n{describe_margins(metrics, gate, len(judged))}"
+        log_verdict(name, version, verdict, compared_with, report)
         print(f"\n{report}\n", flush=True)
         if missed:
             sys.exit(f"Refused: version {version} stays in staging. {' '.join(missed)}")
@@ -163,7 +162,9 @@ def main(argv=None):
         guide = GUIDE.format(name=name, number=version, store=hide_login(mlflow.get_tracking_uri()))
         mlflow.log_text(guide, "deployment_guide.md")
 
-    print(predict_with_production(name, train, test).to_string(index=False))
+    print("Predicting rows of the hold-out with the version in production\n", flush=True)
+    production = mlflow.pyfunc.load_model(f"models:/{name}@production")
+    print(judge({"predicted": production}, test.X.head(), test.y.head()))
     print(f"\n{guide}")
     print(where_to_look(deployment))
     if replaces is not None:
@@ -196,36 +197,22 @@ def registered_name(csv, target):
     """Return the name of the registered model, such as customers-churned-classifier."""
     if csv is None:
         return "breast-cancer-classifier"
-    return f"{table_name(csv)}-{re.sub('[^a-z0-9]+', '-', target.lower())}-classifier"
-
-
-def predict_with_champion(name, train, test):
-    """Return what the version in production predicts for the hold-out.
-
-    Raises UserError if it cannot be compared with, so that it is not replaced by a worse one.
-    """
-    try:
-        champion = load_model(f"models:/{name}@production", train.X, train.rule, PACKAGES, TRUSTED)
-        classes = set(champion.get_raw_model().classes_)
-        if classes != set(train.y):
-            raise UserError(f"the version in production knows other classes: {classes}")
-    except UserError as error:
-        raise UserError(f"{error}; --without-comparison promotes without it") from error
-    return champion.predict(test.X)
+    name = f"{Path(csv).stem} {target} classifier".lower()
+    return "-".join(re.findall("[a-z0-9]+", name))
 
 
 def train_model(train):
     """Fit a logistic regression on the training rows, log it, and return its URI."""
     print("Training a model and logging it", flush=True)
     model = add_preprocessing(LogisticRegression(max_iter=1000)).fit(train.X, train.y)
-    return log_model(model, train.X, train.rule, PACKAGES, TRUSTED).model_uri
+    return log_model(model, train.X, train.rule).model_uri
 
 
 def register(name, model_uri):
     """Register a logged model as a new version with the alias `staging`; return its number."""
     print("Registering it as a new version with the alias `staging`", flush=True)
     with redirect_stderr(sys.stdout):  # MLflow reports success on stderr
-        version = str(mlflow.register_model(model_uri, name).version)
+        version = mlflow.register_model(model_uri, name).version
     mlflow.MlflowClient().set_registered_model_alias(name, "staging", version)
     return version
 
@@ -245,18 +232,18 @@ def gate_metrics(judged, groups, score, seed):
     The last may be missing. Rows of the same group belong together. `score` is a function of
     true values, predictions and sample_weight; more is better.
     """
-    candidate = score(judged["actual"], judged["candidate"])
-    if score(judged["actual"], judged["actual"]) < candidate:
+    scores = {name: score(judged["actual"], judged[name]) for name in judged}
+    candidate = scores["candidate"]
+    if scores["actual"] < candidate:
         raise ValueError("the score of a perfect model is lower: of a loss, return the negative")
-    baseline = score(judged["actual"], judged["baseline"])
     # Rounded, because 0.98 - 0.96 must be 0.02, and not 0.020000000000000018.
-    metrics = {"score": candidate, "above_baseline": round(candidate - baseline, 12)}
+    metrics = {"score": candidate, "above_baseline": round(candidate - scores["baseline"], 12)}
     if "production" in judged:
         losses = bootstrap_losses(judged, groups, score, seed)
-        production = score(judged["actual"], judged["production"])
-        metrics["below_production"] = round(production - candidate, 12)
-        metrics["p_worse_than_production"] = float((losses > 0).mean())
-        metrics["below_production_se"] = losses.std()
+        metrics["below_production"] = round(scores["production"] - candidate, 12)
+        metrics["p_worse_than_production"] = (losses > 0).mean()
+        # With 96 % one-sided, and 80 % of the time: 1.75 + 0.84 standard errors.
+        metrics["findable_loss"] = 2.6 * losses.std()
     return metrics
 
 
@@ -269,8 +256,8 @@ def bootstrap_losses(judged, groups, score, seed, draws=1000):
     """
     # Equal rows of the table are scored once, and weighted by how often they are drawn.
     columns = ["actual", "candidate", "production"]
-    kind = judged.groupby(columns).ngroup()
-    actual, candidate, production = judged[columns].groupby(kind).first().to_numpy().T
+    kind = judged.groupby(columns, sort=False).ngroup()
+    actual, candidate, production = judged[columns].drop_duplicates().to_numpy().T
     different, group = np.unique(groups, return_inverse=True)
     n_groups = len(different)
     rng = np.random.default_rng(seed)
@@ -278,8 +265,8 @@ def bootstrap_losses(judged, groups, score, seed, draws=1000):
     for _ in range(draws):
         times_drawn = np.bincount(rng.integers(n_groups, size=n_groups), minlength=n_groups)
         weights = np.bincount(kind, weights=times_drawn[group])
-        production_score = score(actual, production, sample_weight=weights)
-        losses.append(production_score - score(actual, candidate, sample_weight=weights))
+        weighted_score = partial(score, actual, sample_weight=weights)
+        losses.append(weighted_score(production) - weighted_score(candidate))
     return np.round(losses, 12)
 
 
@@ -291,25 +278,12 @@ def median_latency_ms(model, X):
 
 
 def draw_confusion(judged):
-    """Return a figure: the confusion matrices of the candidate and, beside it, of production."""
-    names = judged.columns.intersection(["candidate", "production"])
-    figure = Figure(figsize=(5 * len(names), 4.5), layout="constrained")
-    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
-        ConfusionMatrixDisplay.from_predictions(
-            judged["actual"], judged[name], ax=axes, cmap="Blues", colorbar=False
-        )
-        axes.set_title(name)
+    """Return a figure: how often each class was taken for which."""
+    figure = Figure(layout="constrained")
+    ConfusionMatrixDisplay.from_predictions(
+        judged["actual"], judged["candidate"], ax=figure.subplots(), cmap="Blues", colorbar=False
+    )
     return figure
-
-
-def choose_gate(gate, is_compared, min_score):
-    """Return the limits that apply: if nothing is compared with, none that compares."""
-    gate = dict(gate)
-    if not is_compared:
-        gate.pop("p_worse_than_production", None)
-    if min_score is not None:
-        gate["score"] = MetricThreshold(threshold=min_score, greater_is_better=True)
-    return gate
 
 
 def missed_limits(metrics, gate):
@@ -321,33 +295,26 @@ def missed_limits(metrics, gate):
     return []
 
 
-def describe_verdict(title, metrics, gate, missed, n_rows):
-    """Return the verdict, and how far each metric is from its limit, as Markdown."""
-    table = pd.DataFrame({"value": metrics}).assign(limit="", margin="")
+def describe_margins(metrics, gate, n_rows):
+    """Return how far each metric is within its limit, as Markdown."""
+    table = pd.DataFrame({"value": metrics})
     for name, limit in gate.items():
-        side, sign = ("least", 1) if limit.greater_is_better else ("most", -1)
-        margin = sign * (metrics.get(name, np.nan) - limit.threshold)
-        table.loc[name, ["limit", "margin"]] = f"at {side} {limit.threshold:g}", f"{margin:+.4f}"
-    table = indent(table.to_string(float_format="{:.4f}".format), "    ")
-    verdict = "misses a limit" if missed else "passes the gate"
-    report = f"{title}: {verdict}\n\n{table}"
-    if "below_production_se" in metrics:
-        # One-sided 96 %, and 80 %: 1.75 + 0.84 standard errors. But 96 % also takes four rows
-        # that only production has right; of a loss of five, they are found 8 times of 10.
-        found = f"{2.6 * metrics['below_production_se']:.3f}"
-        report += f"\n\nOn {n_rows} rows, a loss is found 8 times of 10, unless it is smaller than "
-        report += f"{found}, or than 5 rows."
-    return report
+        side, sign = ("at least", 1) if limit.greater_is_better else ("at most", -1)
+        table.loc[name, "limit"] = f"{side} {limit.threshold:g}"
+        table.loc[name, "margin"] = sign * (metrics.get(name, np.nan) - limit.threshold)
+    text = indent(table.to_string(float_format="{:.4f}".format, na_rep=""), "    ")
+    if "findable_loss" in metrics:
+        text += f"\n\nOn {n_rows} rows, a loss is found 8 times of 10 if it is larger than "
+        text += "findable_loss, and than 5 rows."
+    return text
 
 
-def log_verdict(name, version, compared_with, report, missed):
-    """Write the verdict to the version and to the active run."""
-    verdict = "failed" if missed else "passed"
+def log_verdict(name, version, verdict, compared_with, report):
+    """Write the verdict, "passed" or "failed", to a version, and the report to the run as well."""
     client = mlflow.MlflowClient()
     client.update_model_version(name, version, report)
     client.set_model_version_tag(name, version, "validation_status", verdict)
     client.set_model_version_tag(name, version, "compared_with", compared_with)
-    mlflow.set_tags({"registered_model": name, "version": version, "validation_status": verdict})
     mlflow.set_tag("mlflow.note.content", report)
 
 
@@ -381,14 +348,6 @@ def promote(name, version, replaces):
             print(f"Note: the alias has moved, but the legacy stage could not be set: {error}")
 
 
-def predict_with_production(name, train, test):
-    """Return rows of the hold-out, their class, and what the version in production predicts."""
-    print("Predicting rows of the hold-out with the version in production\n", flush=True)
-    model = load_model(f"models:/{name}@production", train.X, train.rule, PACKAGES, TRUSTED)
-    rows = test.X.head()
-    return rows.iloc[:, :3].assign(actual=test.y.head(), predicted=model.predict(rows))
-
-
 def roll_back(name, to):
     """Put an earlier version back into production: `to` is its number, or "previous".
 
@@ -407,12 +366,11 @@ def roll_back(name, to):
 def get_aliases(name):
     """Return {alias: version} of a registered model, and {} if there is no such model."""
     try:
-        aliases = mlflow.MlflowClient().get_registered_model(name).aliases
+        return mlflow.MlflowClient().get_registered_model(name).aliases
     except mlflow.MlflowException as error:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
         return {}
-    return {alias: str(version) for alias, version in aliases.items()}
 
 
 # Indented lines are shell commands. Those with @production take the version that the alias
@@ -489,33 +447,37 @@ FLAVORS = {
 }
 
 
-def load_model(uri, X, rule, packages, trusted_types):
-    """Load a model that one of these scripts has logged.
+def load_model(uri, rows):
+    """Load a model that one of these scripts has logged, to be used on rows like these.
 
-    Raises UserError if it could run code, does not take the rows X, or was trained with
-    another rule by which rows are held out. What this check cannot do is in README.md.
+    Raises UserError if it could run code, takes other columns, knows other classes, or was
+    trained with another rule by which rows are held out. What this check cannot do is in
+    README.md.
     """
     try:
         # All that its flavors say must be as in our own models. Then no setting of theirs can make
         # MLflow run other code than scikit-learn's.
         info = mlflow.models.get_model_info(uri)
-        flavors = {name: dict(flavor) for name, flavor in info.flavors.items()}
+        flavors = info.flavors
         types = flavors["sklearn"].pop("skops_trusted_types", [])
         del flavors["sklearn"]["sklearn_version"], flavors["python_function"]["python_version"]
         if flavors != FLAVORS:
             raise UserError("it could run code, because it is not a plain skops file")
-        if unknown := set(types) - set(trusted_types):
+        if unknown := set(types) - set(TRUSTED):
             raise UserError(f"it could run code, as TRUSTED does not name {unknown}")
         requirements = Path(mlflow.pyfunc.get_model_dependencies(uri)).read_text().split()
-        if not {line.partition("==")[0] for line in requirements} <= set(packages):
+        if not {line.partition("==")[0] for line in requirements} <= set(PACKAGES):
             raise UserError("a server would install other packages for it")
         held_out = (info.metadata or {}).get("held_out")
-        if held_out != rule:
+        if held_out != rows.rule:
             raise UserError(f"it may have seen the hold-out, as it held out {held_out}")
-        if info.signature.inputs.input_names() != list(X):
+        if info.signature.inputs.input_names() != list(rows.X):
             raise UserError("it takes other columns than the table has")
         model = mlflow.pyfunc.load_model(uri)
-        model.predict(X.head())
+        model.predict(rows.X.head())
+        classes = set(model.get_raw_model().classes_)
+        if classes != set(rows.y):
+            raise UserError(f"it knows other classes: {classes}")
         return model
     except Exception as error:  # a broken or forged file can raise anything
         reason = error if isinstance(error, UserError) else repr(error)
@@ -546,25 +508,23 @@ def load_data(csv, target, id_column, test_size):
     None. Rows without a class or an ID are left out. Raises UserError if the table cannot be
     used.
     """
-    name = table_name(csv)
+    name = "breast-cancer" if csv is None else Path(csv).stem
     table = read_table(csv, id_column)
     keys = [target] if id_column is None else [target, id_column]
     if target == id_column or not set(keys) < set(table):
         raise UserError(f"{name} needs columns {keys} and others, but has {list(table)}")
     complete = table.dropna(subset=keys)
     y = read_classes(complete[target])
-    features = complete.drop(columns=target)
-    features = features.apply(lambda column: column.astype("float64", errors="ignore"))
-    X = features.drop(columns=keys, errors="ignore")
+    X = complete.drop(columns=keys).apply(lambda column: column.astype("float64", errors="ignore"))
     if np.isinf(X.select_dtypes("number")).any(axis=None):
         raise UserError(f"{name} has infinite numbers: leave those cells empty")
 
     # Equal rows have the same hash. With an ID, so do all rows of the same ID. It is hashed as
     # text; 12 becomes 12.0 where some program has read it as a number.
-    groups = hash_rows(features)
+    identity = X
     if id_column is not None:
-        ids = complete[id_column].astype(str).str.removesuffix(".0")
-        groups = hash_rows(ids.to_frame())
+        identity = complete[id_column].astype(str).str.removesuffix(".0")
+    groups = pd.util.hash_pandas_object(identity, index=False)
     held_out = is_held_out(groups, test_size)
     print(f"{name}: {len(y)} of {len(table)} rows can be used, {held_out.sum()} are held out")
     check_split(y, groups, held_out, test_size)
@@ -572,13 +532,6 @@ def load_data(csv, target, id_column, test_size):
     train = select_rows(X, y, groups, ~held_out, f"{name}-train", rule)
     test = select_rows(X, y, groups, held_out, f"{name}-test", rule)
     return train, test
-
-
-def table_name(csv):
-    """Return a short name for a CSV file, or for the breast cancer data if it is None."""
-    if csv is None:
-        return "breast-cancer"
-    return re.sub("[^a-z0-9]+", "-", Path(csv).stem.lower()).strip("-") or "table"
 
 
 def read_table(csv, id_column):
@@ -600,47 +553,38 @@ def read_classes(column):
     return column.convert_dtypes().astype(str).astype(object)
 
 
-def hash_rows(table):
-    """Return a number for each row of a table, which depends on nothing but its values."""
-    # A column of whole numbers holds fractions as soon as one of them is missing.
-    numbers = dict.fromkeys(table.select_dtypes("number"), "float64")
-    return pd.util.hash_pandas_object(table.astype(numbers), index=False)
-
-
 def is_held_out(groups, share):
-    """Return True for about this share of the groups (numbers from `hash_rows`).
+    """Return True for about this share of the groups: those with the lowest hashes.
 
-    A row that is held out stays held out when the table grows, so that no later model has
-    trained on it. A random split would hand the rows held out today to the next training.
-    Géron, Hands-On Machine Learning, chapter 2, splits by the hash of an identifier.
+    `groups` are hashes from `pd.util.hash_pandas_object`. It hashes 1 unlike 1.0, so make
+    numbers floats first. A row that is held out stays held out when the table grows, so that
+    no later model has trained on it. A random split would hand the rows held out today to the
+    next training. Géron, Hands-On Machine Learning, chapter 2, splits by the hash of an
+    identifier.
     """
     return groups % 1000 < 1000 * share
 
 
-def check_split(y, groups, held_out, test_size, n_folds=5):
+def check_split(y, groups, held_out, test_size):
     """Raise UserError unless the hold-out has its share, and each class enough training rows."""
     if abs(held_out.mean() - test_size) > 0.1:
         raise UserError(
             f"the hold-out would be {held_out.mean():.0%} of the rows, as they are few or many are "
             "equal: name a column that tells them apart with --id"
         )
-    in_training = groups[~held_out].groupby(y[~held_out]).nunique()
-    if y.nunique() < 2 or len(in_training) < y.nunique() or in_training.min() < n_folds:
+    in_training = groups.mask(held_out).groupby(y).nunique()
+    if len(in_training) < 2 or in_training.min() < 5:
         raise UserError(
-            f"{y.name!r} needs 2 or more classes with {n_folds} or more different training rows "
-            f"each, but has {in_training.sort_values().head().to_dict()}"
+            f"{y.name!r} needs 2 or more classes with 5 or more different training rows each, "
+            f"but has {in_training.nsmallest().to_dict()}"
         )
 
 
 def select_rows(X, y, groups, mask, name, rule):
     """Return the Rows for which the mask is True, with an MLflow data set of this name."""
-    quieten_mlflow()
+    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")  # without git, no advice about it
     table = X[mask].assign(**{y.name: y[mask]})
-    # Depends on groups and order, as the folds do. MLflow's own digest leaves out the rows
-    # after the first 10,000.
-    hashes = (hash_rows(table) ^ groups[mask]).to_numpy()
-    digest = f"{(hashes * np.arange(1, len(table) + 1, dtype='uint64')).sum():x}"
-    dataset = mlflow.data.from_pandas(table, targets=y.name, name=name, digest=digest)
+    dataset = mlflow.data.from_pandas(table, targets=y.name, name=name)
     return Rows(X[mask], y[mask], groups[mask], dataset, rule)
 
 
@@ -650,21 +594,18 @@ def add_preprocessing(model):
     A missing number becomes the mean of its column; then all numbers are scaled. A text column
     becomes up to 20 one-hot columns; missing text is a value of its own.
     """
+    is_number = make_column_selector(dtype_include="number")
     numbers = make_pipeline(SimpleImputer(keep_empty_features=True), StandardScaler())
     text = make_pipeline(
         # Missing text is NaN in a table, and None in a request as JSON.
-        SimpleImputer(missing_values=np.nan, strategy="constant", keep_empty_features=True),
+        SimpleImputer(strategy="constant", keep_empty_features=True),
         SimpleImputer(missing_values=None, strategy="constant", keep_empty_features=True),
         OneHotEncoder(handle_unknown="ignore", max_categories=20, sparse_output=False),
     )
-    columns = make_column_transformer(
-        (numbers, make_column_selector(dtype_include="number")),
-        (text, make_column_selector(dtype_exclude="number")),
-    )
-    return make_pipeline(columns, model)
+    return make_pipeline(make_column_transformer((numbers, is_number), remainder=text), model)
 
 
-def log_model(model, X, rule, packages, trusted_types):
+def log_model(model, X, rule):
     """Log a model to the active run, ready to be served. Returns MLflow's ModelInfo.
 
     X are the rows that it was fitted on. The rule by which rows were held out goes with it.
@@ -673,27 +614,24 @@ def log_model(model, X, rule, packages, trusted_types):
         model,
         name="model",
         serialization_format="skops",  # a pickle can run any code when it is loaded
-        skops_trusted_types=trusted_types,
+        skops_trusted_types=TRUSTED,
         signature=mlflow.models.infer_signature(X, model.predict(X.head())),
         input_example=X.head(),
-        pip_requirements=[f"{package}=={metadata.version(package)}" for package in packages],
+        pip_requirements=[f"{package}=={metadata.version(package)}" for package in PACKAGES],
         metadata={"held_out": rule},
     )
 
 
-def quieten_mlflow():
-    """Let MLflow print errors only, and give up on a dead server within seconds."""
-    logging.getLogger("mlflow").setLevel(logging.ERROR)
-    logging.getLogger("alembic").setLevel(logging.ERROR)
-    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")  # without git, no advice about it
+def open_store(experiment):
+    """Select an experiment in the store of MLFLOW_TRACKING_URI, or in mlflow.db in this folder.
+
+    Lets MLflow print errors only, and give up on a dead server within seconds.
+    """
+    logging.getLogger("mlflow").setLevel("ERROR")
+    logging.getLogger("alembic").setLevel("ERROR")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-
-
-def open_store(experiment):
-    """Select an experiment in the store of MLFLOW_TRACKING_URI, or in mlflow.db in this folder."""
-    quieten_mlflow()
     if not mlflow.is_tracking_uri_set():
         mlflow.set_tracking_uri("sqlite:///mlflow.db")
         # Two processes that make the tables of a new database at once would break it.
@@ -706,11 +644,11 @@ def open_store(experiment):
 def where_to_look(run):
     """Return how to open the page of a run in the MLflow UI."""
     page = f"#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
+    page += "?workflowType=machine_learning"
     store = hide_login(mlflow.get_tracking_uri())
-    server, command = "http://127.0.0.1:5000", f'mlflow ui --backend-store-uri "{store}"\n       '
     if store.startswith("http"):
-        server, command = store, ""
-    return f"Look:  {command}{server}/{page}?workflowType=machine_learning"
+        return f"Look:  {store}/{page}"
+    return f'Look:  mlflow ui --backend-store-uri "{store}"\n       http://127.0.0.1:5000/{page}'
 
 
 def hide_login(text):

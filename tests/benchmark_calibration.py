@@ -23,7 +23,7 @@ from scipy.stats import norm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from model_comparison import FOLDS, REPEATS, RISK, ROPE, probabilities, say_verdict
+from model_comparison import FOLDS, REPEATS, RISK, ROPE, correlated_t_test
 
 ROWS = 455
 ACCURACY = 0.96  # of the better candidate
@@ -57,8 +57,9 @@ def find_verdict(scores):
     best = scores.mean(axis=1).round(12).argmax()
     if best == len(scores) - 1:
         return "leads"
-    p_worse = probabilities(scores[-1] - scores[best], ROPE, SIZES)["p_worse"]
-    return say_verdict(p_worse, RISK).partition(" (")[0]
+    p_worse = correlated_t_test(scores[-1] - scores[best], ROPE, SIZES)["p_worse"]
+    limits = [0.05, RISK, 1 - RISK, 0.95]
+    return VERDICTS[1 + np.searchsorted(limits, p_worse)]
 
 
 def count_verdicts(difference, simulations, candidates=2, seed=0):
@@ -87,7 +88,7 @@ def compare_with_truth(simulations, seed=0):
     for difference in rng.uniform(-0.04, 0.04, simulations):
         accuracies = [ACCURACY + min(difference, 0), ACCURACY - max(difference, 0)]
         first, second = simulate_scores(accuracies, rng)
-        said.append(probabilities(second - first, ROPE, SIZES)["p_worse"])
+        said.append(correlated_t_test(second - first, ROPE, SIZES)["p_worse"])
         true.append(difference > ROPE)
     return np.array(said), np.array(true)
 

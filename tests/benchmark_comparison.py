@@ -55,7 +55,8 @@ groups = pd.util.hash_pandas_object(X.astype(float), index=False)
 train = groups % 1000 >= 200
 X, y = X[train], y[train]
 repeats = max(2, min(REPEATS, 15_000 // len(X)))
-folds = make_folds(y, pd.Series(range(len(y))), 5, repeats, 42)
+groups = pd.Series(range(len(y)))
+folds = [fold for repeat in range(repeats) for fold in make_folds(y, groups, 5, 42 + repeat)]
 for model in make_candidates(len(X), 42).values():
     print(cross_val_score(model, X, y, cv=folds, n_jobs=-1).mean().round(4))
 """

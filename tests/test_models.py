@@ -48,8 +48,7 @@ class Shop:
         model = script.add_preprocessing(LogisticRegression(max_iter=1000))
         model.fit(self.train.X, self.train.y)
         with mlflow.start_run() as trained:
-            rest = (self.train.X, self.train.rule, script.PACKAGES, script.TRUSTED)
-            uri = script.log_model(model, *rest).model_uri
+            uri = script.log_model(model, self.train.X, self.train.rule).model_uri
         self.run = trained.info
         self.files = Path(mlflow.artifacts.download_artifacts(uri))
 
@@ -70,8 +69,7 @@ class Shop:
         return made.model_id, mark
 
     def load(self, model_id):
-        rest = (self.train.X, self.train.rule, script.PACKAGES, script.TRUSTED)
-        return script.load_model(f"models:/{model_id}", *rest)
+        return script.load_model(f"models:/{model_id}", self.train)
 
 
 @pytest.fixture(scope="module")
