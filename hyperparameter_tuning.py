@@ -27,6 +27,7 @@ It leaves this in the store (sqlite:///mlflow.db, or MLFLOW_TRACKING_URI where t
 # ///
 # joblib, matplotlib and skops come with these.
 
+import hashlib
 import json
 import logging
 import os
@@ -46,6 +47,7 @@ import numpy as np
 import pandas as pd
 from joblib import Parallel, delayed
 from matplotlib.figure import Figure
+from sklearn.base import clone
 from sklearn.compose import make_column_selector, make_column_transformer
 from sklearn.datasets import load_breast_cancer
 from sklearn.dummy import DummyClassifier
@@ -78,7 +80,7 @@ PARAM_GRID = {
 NOISE = 1.5
 
 # The choices of --metric. Precision, recall and F1 are means over the classes, so that each
-# class counts the same. A scorer returns more for a better model, also if it measures a loss.
+# class counts the same. A scorer returns more for a better model.
 MACRO = {"average": "macro", "pos_label": None, "zero_division": 0}
 SCORERS = {
     "accuracy": get_scorer("accuracy"),
@@ -113,9 +115,9 @@ def main(argv=None):
         "rows": train.dataset.digest,
         "folds": f"{FOLDS}, shuffled with seed {SEED}",
     }
-    if args.resume is not None:
-        # MLflow refuses to change a parameter: scores with other settings would not compare.
-        mlflow.log_params(settings, run_id=args.resume)
+    if args.resume is not None and mlflow.get_run(args.resume).data.params != settings:
+        # Their scores would not compare.
+        raise UserError(f"{args.resume} is not a search with the settings {settings}")
 
     with mlflow.start_run(run_id=args.resume, run_name="grid-search") as search:
         search_id = search.info.run_id
@@ -257,8 +259,8 @@ def log_best(best, params, model, train, test, metric, scorer):
     mlflow.log_metric(f"best_cv_{metric}", best["mean"], dataset=train.dataset)
     mlflow.log_metric(f"baseline_test_{metric}", baseline, dataset=test.dataset)
 
-    model.fit(train.X, train.y)
-    logged = log_model(model, train.X, train.rule)
+    fitted = clone(model).fit(train.X, train.y)
+    logged = log_model(fitted, train.X, train.rule)
     reloaded = mlflow.sklearn.load_model(logged.model_uri)
     score = scorer(reloaded, test.X, test.y)
     mlflow.log_metric(f"test_{metric}", score, model_id=logged.model_id, dataset=test.dataset)
@@ -279,9 +281,10 @@ def cheapest_within_one_standard_error(ranked, noise):
 
 def mean_scores(ranked, trials):
     """Return {parameter: Series}: the mean score of the trials with each of its values."""
-    params = pd.DataFrame(trials.values(), index=list(trials), dtype=object).map(str)
-    scores = ranked["mean"].reindex(params.index)  # in the order of the grid
-    return {name: scores.groupby(params[name], sort=False).mean() for name in params}
+    # As text, because None and True are values as well.
+    params = pd.DataFrame(list(trials.values()), index=list(trials), dtype=object).map(str)
+    scored = params.join(ranked["mean"])  # in the order of the grid
+    return {name: scored.groupby(name, sort=False)["mean"].mean() for name in params}
 
 
 def describe_search(search_id, ranked, cheapest, means, metric):
@@ -290,13 +293,14 @@ def describe_search(search_id, ranked, cheapest, means, metric):
     best = ranked.iloc[0]
     share = cheapest["fit_seconds"] / best["fit_seconds"]
     return f"""Best of {len(ranked)} trials: {best.name}
-Cheapest within one standard error: {cheapest.name}, at {share:.0%} of its fit time
+Cheapest within one standard error: {cheapest.name}
+    with {cheapest["mean"]:.4f}, at {share:.0%} of the fit time of the best
 
-The first five by their mean {metric} on the folds; that of the cheapest is {cheapest["mean"]:.4f}:
+The first five by their mean {metric} on the folds:
 
 {format_table(ranked.head().rename_axis(None))}
 
-Score of the best on the hold-out: {metrics[f"test_{metric}"]:.4f}
+On the hold-out, {metric} of the best: {metrics[f"test_{metric}"]:.4f}
 Of always answering the most frequent class: {metrics[f"baseline_test_{metric}"]:.4f}
 
 The mean score with each value. A best one at the edge of its list: try values beyond it.
@@ -317,7 +321,7 @@ def draw_search(means, metric):
         axes.plot(scores, f"{parameter}=" + scores.index, marker="o")
     axes.invert_yaxis()
     axes.set_xlabel(f"Mean {metric} of the trials with this value")
-    axes.set_title("The wider the line, the more the parameter matters in this grid")
+    axes.set_title("The further apart its values, the more a parameter matters in this grid")
     return figure
 
 
@@ -408,7 +412,7 @@ def read_classes(column):
 
 
 def is_held_out(groups, share):
-    """Return True for about this share of the groups: those with the lowest hashes.
+    """Return True for about this share of the groups.
 
     `groups` are hashes from `pd.util.hash_pandas_object`. It hashes 1 unlike 1.0, so make
     numbers floats first. A row that is held out stays held out when the table grows, so that
@@ -438,7 +442,10 @@ def select_rows(X, y, groups, mask, name, rule):
     """Return the Rows for which the mask is True, with an MLflow data set of this name."""
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")  # without git, no advice about it
     table = X[mask].assign(**{y.name: y[mask]})
-    dataset = mlflow.data.from_pandas(table, targets=y.name, name=name)
+    # MLflow's own digest leaves out all rows but the first 10,000.
+    hashes = pd.util.hash_pandas_object(table, index=False)
+    digest = hashlib.sha256(hashes.to_numpy()).hexdigest()[:16]
+    dataset = mlflow.data.from_pandas(table, targets=y.name, name=name, digest=digest)
     return Rows(X[mask], y[mask], groups[mask], dataset, rule)
 
 

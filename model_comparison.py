@@ -16,7 +16,7 @@ It leaves this in the store (sqlite:///mlflow.db, or MLFLOW_TRACKING_URI where t
     experiment model-comparison
         run comparison                  best and recommended model, comparison.png, folds.csv
             run logistic_regression     for each candidate: its parameters; cv_… (on the folds),
-            run svm                     test_… (on the hold-out), p_… (against the best),
+            run svm                     test_… (on the hold-out), p_… and difference (to the best),
             run …                       fit_seconds, latency_ms, model_size_bytes; `model`
 """
 
@@ -31,6 +31,7 @@ It leaves this in the store (sqlite:///mlflow.db, or MLFLOW_TRACKING_URI where t
 # ///
 # matplotlib, scipy, skops and threadpoolctl come with these.
 
+import hashlib
 import logging
 import os
 import re
@@ -51,6 +52,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from scipy import stats
+from sklearn.base import clone
 from sklearn.compose import make_column_selector, make_column_transformer
 from sklearn.datasets import load_breast_cancer
 from sklearn.dummy import DummyClassifier
@@ -82,7 +84,7 @@ RISK = 0.2
 NOISE = 1.25
 
 # The choices of --metric. Precision, recall and F1 are means over the classes, so that each
-# class counts the same. A scorer returns more for a better model, also if it measures a loss.
+# class counts the same. A scorer returns more for a better model.
 MACRO = {"average": "macro", "pos_label": None, "zero_division": 0}
 SCORERS = {
     "accuracy": get_scorer("accuracy"),
@@ -115,7 +117,7 @@ def main(argv=None):
     models = make_candidates(len(train.X), SEED)
     open_store(EXPERIMENT)
     if args.tuned is not None:
-        models["tuned_forest"] = load_tuned_forest(args.tuned, train.dataset.digest)
+        models["tuned_forest"] = load_tuned_forest(args.tuned, train.dataset.digest, SEED)
 
     print(f"{len(models) - 1} candidates and a baseline, on {repeats} x {FOLDS} folds", flush=True)
     with mlflow.start_run(run_name="comparison") as comparison:
@@ -183,7 +185,7 @@ def make_candidates(n_rows, seed):
     return {name: add_preprocessing(model) for name, model in classifiers.items()}
 
 
-def load_tuned_forest(search_id, rows):
+def load_tuned_forest(search_id, rows, seed):
     """Return an unfitted forest with the best parameters of a search.
 
     Raises UserError unless the search is finished, and had the training rows of this digest.
@@ -193,7 +195,7 @@ def load_tuned_forest(search_id, rows):
         raise UserError(f"{search_id} is not a finished search on the training rows of this table")
     params = mlflow.artifacts.load_dict(f"runs:/{search_id}/best_params.json")
     print("Note: tuned_forest was chosen on these rows, so its scores on folds are a bit too good")
-    return add_preprocessing(RandomForestClassifier(**params, random_state=SEED))
+    return add_preprocessing(RandomForestClassifier(**params, random_state=seed))
 
 
 def score_folds(model, X, y, scorers, folds):
@@ -210,8 +212,8 @@ def log_candidate(comparison_id, name, model, scores, train, test):
     """Log a candidate as a child of the active run: its folds, its model, its hold-out scores."""
     with mlflow.start_run(run_name=name, nested=True):
         mlflow.log_params(model[-1].get_params())
-        model.fit(train.X, train.y)
-        logged = log_model(model, train.X, train.rule)
+        fitted = clone(model).fit(train.X, train.y)
+        logged = log_model(fitted, train.X, train.rule)
         # A query finds the model by these tags.
         tags = {"candidate": name, "comparison": comparison_id}
         mlflow.set_logged_model_tags(logged.model_id, tags)
@@ -230,7 +232,8 @@ def log_candidate(comparison_id, name, model, scores, train, test):
 def find_best_models(comparison_id, metric):
     """Ask MLflow for the models of a comparison. Return a DataFrame, the best model first.
 
-    It has a row for each candidate, with its metrics. Of equal scores, the first candidate wins.
+    It has a row for each candidate, with its metrics, its model's URI and ID, and its run's ID.
+    Of equal scores, the first candidate wins.
     """
     models = mlflow.search_logged_models(
         filter_string=f"tags.comparison = '{comparison_id}'",
@@ -242,7 +245,7 @@ def find_best_models(comparison_id, metric):
     )
     rows = {}
     for model in models:
-        row = {metric.key: metric.value for metric in model.metrics}
+        row = {logged.key: logged.value for logged in model.metrics}
         row["model_uri"], row["model_id"] = model.model_uri, model.model_id
         row["run_id"] = model.source_run_id
         rows[model.tags["candidate"]] = row
@@ -254,19 +257,21 @@ def log_against_best(ranked, fold_scores, folds, rope):
 
     The best was chosen by these same scores, so its lead is a little too large.
     """
+    best = ranked.index[0]
     for name, model in ranked.iterrows():
-        metrics = correlated_t_test(fold_scores[name] - fold_scores[ranked.index[0]], rope, folds)
+        metrics = correlated_t_test(fold_scores[name] - fold_scores[best], rope, folds)
         metrics["latency_ms"] = model["latency_ms"]
         mlflow.log_metrics(metrics, run_id=model["run_id"], model_id=model["model_id"])
 
 
 def correlated_t_test(differences, rope, folds):
-    """Return how much better a model is than another, and how probable it is that it is worse.
+    """Compare two models by their scores on the same folds.
 
-    This is the Bayesian correlated t-test of Benavoli, Corani, Demšar and Zaffalon (Journal
-    of Machine Learning Research 18, 2017). `differences` are the scores of the one model
-    minus those of the other, on each of these `folds`. A difference of up to `rope`, in units
-    of the score, counts as none.
+    Returns the mean difference and half of its 95 % interval, and the probabilities that the
+    model is worse than the other, equivalent to it, and better. This is the Bayesian correlated
+    t-test of Benavoli, Corani, Demšar and Zaffalon (Journal of Machine Learning Research 18,
+    2017). `differences` are the scores of the model minus those of the other, on each of these
+    `folds`. A difference of up to `rope`, in units of the score, counts as none.
 
     Folds share training rows, so their scores are correlated. The variance of the mean is
     therefore not variance / n, but variance * (1 / n + test rows / training rows) (Nadeau and
@@ -277,7 +282,7 @@ def correlated_t_test(differences, rope, folds):
         raise ValueError(f"{n} differences, but {len(folds)} folds")
     variance = np.var(np.asarray(differences), ddof=1)
     if rope != 0 and not rope >= variance**0.5 / 100:
-        raise ValueError(f"a rope of {rope} does not fit these scores")
+        raise ValueError(f"a rope of {rope} does not fit the scores: it has their unit")
     share = np.mean([len(test) / len(train) for train, test in folds])
     # The best differs from itself by zero on all folds, and SciPy has no scale of zero.
     scale = max((variance * (1 / n + share)) ** 0.5, 1e-12)
@@ -327,9 +332,10 @@ def describe_comparison(ranked, recommended, metric):
         reason = "the best, and none that is as good is clearly faster"
     if recommended is None:
         reason = "the baseline may be as good as the best"
-    limits = [-1, 0.05, RISK, 1 - RISK, 0.95, 1]
     words = ["as good", "probably as good", "undecided", "probably worse", "worse"]
-    ranked = ranked.assign(verdict=pd.cut(ranked["p_worse"], limits, labels=words))
+    verdicts = pd.cut(ranked["p_worse"], [-1, 0.05, 0.2, 0.8, 0.95, 1], labels=words)
+    ranked = ranked.assign(verdict=verdicts.astype(object))
+    ranked.iloc[0, -1] = "the best"
     choice = ranked[[f"cv_{metric}", "p_worse", "verdict", "latency_ms"]]
     scores = ranked[[*ranked.filter(like="cv_"), f"test_{metric}", "fit_seconds"]]
     return f"""Recommended: {recommended} ({reason})
@@ -449,7 +455,7 @@ def read_classes(column):
 
 
 def is_held_out(groups, share):
-    """Return True for about this share of the groups: those with the lowest hashes.
+    """Return True for about this share of the groups.
 
     `groups` are hashes from `pd.util.hash_pandas_object`. It hashes 1 unlike 1.0, so make
     numbers floats first. A row that is held out stays held out when the table grows, so that
@@ -479,7 +485,10 @@ def select_rows(X, y, groups, mask, name, rule):
     """Return the Rows for which the mask is True, with an MLflow data set of this name."""
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")  # without git, no advice about it
     table = X[mask].assign(**{y.name: y[mask]})
-    dataset = mlflow.data.from_pandas(table, targets=y.name, name=name)
+    # MLflow's own digest leaves out all rows but the first 10,000.
+    hashes = pd.util.hash_pandas_object(table, index=False)
+    digest = hashlib.sha256(hashes.to_numpy()).hexdigest()[:16]
+    dataset = mlflow.data.from_pandas(table, targets=y.name, name=name, digest=digest)
     return Rows(X[mask], y[mask], groups[mask], dataset, rule)
 
 

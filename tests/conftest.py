@@ -68,6 +68,16 @@ def edited(folder, script, **settings):
     return folder / script
 
 
+# Settings of the comparison for a test that needs no more than two candidates.
+TWO_CANDIDATES = {
+    "REPEATS": 2,
+    "make_candidates": Code(
+        "lambda n, seed: {'baseline': add_preprocessing(DummyClassifier()),"
+        " 'logistic_regression': add_preprocessing(LogisticRegression())}"
+    ),
+}
+
+
 def assert_success(process):
     """A success says nothing on stderr: a reader must not learn to ignore what stands there."""
     assert (process.returncode, process.stderr) == (0, "")

@@ -158,7 +158,7 @@ def test_the_margins_say_how_far_each_metric_is_within_its_limit():
     assert re.search(r"^ +score +0.9500 *$", text, re.M)
     assert re.search(r"latency_ms +60.0000 +at most 50 +-10.0000", text)
     assert re.search(r"acuracy +at most 50 *$", text, re.M)
-    assert text.endswith("if it is larger than findable_loss, and than 5 rows.")
+    assert text.endswith("if it is larger than findable_loss and than 5 rows.")
 
 
 # The registry: what moves, and what does not.
@@ -172,7 +172,7 @@ def test_a_refused_version_stays_in_staging(here):
     assert aliases() == {"staging": "1"}
     version = mlflow.MlflowClient().get_model_version(NAME, "1")
     assert version.tags["validation_status"] == "failed"
-    assert version.description.startswith("Version 1 failed, by accuracy, compared with nothing")
+    assert version.description.startswith("Version 1 failed (accuracy; compared with nothing)")
     with pytest.raises(script.UserError, match="has not passed the gate"):
         deploy("--rollback", "1")
     assert aliases() == {"staging": "1"}
@@ -314,7 +314,7 @@ def test_any_logged_model_is_deployed_through_the_same_gate(here, capsys):
     run_id = mlflow.get_logged_model(uri.removeprefix("models:/")).source_run_id
     deploy("--model-uri", uri)
     deploy("--model-uri", f"runs:/{run_id}/model", "--metric", "f1", "--name", "other")
-    assert "Version 1 passed, by f1, compared with nothing" in capsys.readouterr().out
+    assert "Version 1 passed (f1; compared with nothing)" in capsys.readouterr().out
     deployed = mlflow.pyfunc.load_model("models:/other@production").predict(test.X)
     expected = mlflow.sklearn.load_model(uri).predict(test.X)
     assert list(deployed) == list(expected)

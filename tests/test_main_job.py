@@ -197,18 +197,19 @@ def test_the_scores_of_a_search_are_those_of_scikit_learn_and_the_best_wins(main
     printed = process.stdout
     assert search.data.tags["mlflow.note.content"] in printed
     assert f"Best of 27 trials: {ranked[0]}\n" in printed
-    assert f"the best on the hold-out: {search.data.metrics['test_accuracy']:.4f}\n" in printed
+    assert f"accuracy of the best: {search.data.metrics['test_accuracy']:.4f}\n" in printed
     script, tuned, *_ = shlex.split(printed.splitlines()[-1])[2:]
     assert script.endswith("model_comparison.py") and tuned == f"--tuned={search.info.run_id}"
     for name, trial in trials.items():
         assert f"accuracy {trial.data.metrics['cv_accuracy']:.4f}  {name}\n" in printed
-    (cheapest,) = re.findall("^Cheapest within one standard error: (.*), at", printed, re.M)
+    (cheapest,) = re.findall("^Cheapest within one standard error: (.*)$", printed, re.M)
     least = best.metrics["cv_accuracy"] - best.metrics["cv_accuracy_se"]
     good = [name for name in ranked if trials[name].data.metrics["cv_accuracy"] >= least]
     seconds = {name: trials[name].data.metrics["fit_seconds"] for name in good}
     assert cheapest == next(name for name in good if seconds[name] <= 1.5 * min(seconds.values()))
     score = trials[cheapest].data.metrics["cv_accuracy"]
-    heading, _, rest = printed.partition(f"that of the cheapest is {score:.4f}:\n\n")
+    assert f"    with {score:.4f}, at " in printed
+    rest = printed.partition("on the folds:\n\n")[2]
     rows = [re.split(" {1,}(?=0\\.)", line.strip())[0] for line in rest.splitlines()[1:6]]
     assert rows == ranked[:5]
 
@@ -273,8 +274,8 @@ def test_the_deployments_print_what_they_log(main_job, rows):
         assert guide in process.stdout
         for key, value in deployment.data.metrics.items():
             assert re.search(rf"^ +{key} +{re.escape(f'{value:.4f}')}", process.stdout, re.M), key
-    assert "Version 1 passed, by accuracy, compared with nothing\n" in first.stdout
-    assert "Version 2 passed, by accuracy, compared with version 1\n" in second.stdout
+    assert "Version 1 passed (accuracy; compared with nothing)\n" in first.stdout
+    assert "Version 2 passed (accuracy; compared with version 1)\n" in second.stdout
     assert client.get_model_version(NAME, "2").tags["compared_with"] == "version 1"
     metrics = new.data.metrics
     assert (metrics["below_production"], metrics["p_worse_than_production"]) == (0, 0)
@@ -282,9 +283,9 @@ def test_the_deployments_print_what_they_log(main_job, rows):
     baseline = (y_test == "benign").mean()
     assert metrics["above_baseline"] == close(metrics["score"] - baseline)
 
-    lines = second.stdout.partition("actual  predicted")[2].splitlines()[1:6]
+    lines = second.stdout.partition("mean radius")[2].splitlines()[1:6]
     loaded = mlflow.pyfunc.load_model(f"models:/{NAME}@production")
-    assert [line.split()[1] for line in lines] == list(y_test[:5])
+    assert [line.split()[-2] for line in lines] == list(y_test[:5])
     assert [line.split()[-1] for line in lines] == list(loaded.predict(X_test[:5]))
 
 

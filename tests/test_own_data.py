@@ -15,7 +15,7 @@ from conftest import (
     ROOT,
     SCRIPTS,
     SOON,
-    Code,
+    TWO_CANDIDATES,
     assert_one_line,
     assert_success,
     children,
@@ -197,10 +197,8 @@ def chain(tmp_path_factory, new_store):
     table = mixed_table().assign(**{"Kunde Nr": np.arange(300) // 2})
     table.to_csv(folder / "Kunden 2026.csv", index=False)
     grid = {"max_depth": [2, 3], "n_estimators": [5]}
-    few = Code("lambda n, seed: {n: add_preprocessing(m) for n, m in FEW.items()}")
-    models = Code("{'baseline': DummyClassifier(), 'logistic_regression': LogisticRegression()}")
     edited(folder, SCRIPTS[0], PARAM_GRID=grid)
-    edited(folder, SCRIPTS[1], REPEATS=2, FEW=models, make_candidates=few)
+    edited(folder, SCRIPTS[1], **TWO_CANDIDATES)
     shutil.copy(ROOT / SCRIPTS[2], folder)
     options = ["--csv", "Kunden 2026.csv", "--target", TARGET, "--id", "Kunde Nr", "--metric", "f1"]
     command, processes = shlex.join(["python", str(folder / SCRIPTS[0]), *options]), []

@@ -14,6 +14,7 @@ import pytest
 from conftest import (
     ROOT,
     SCRIPTS,
+    TWO_CANDIDATES,
     children,
     edited,
     parents,
@@ -169,7 +170,7 @@ def test_another_model_is_compared_and_deployed(folder):
         import lightgbm  # noqa: F401
     except OSError as error:
         pytest.skip(f"LightGBM cannot be used here: {error}")
-    edited(folder, SCRIPTS[1], REPEATS=2)
+    edited(folder, SCRIPTS[1], **TWO_CANDIDATES)
     block = block_with("LGBMClassifier")
     compared = run_block(block, folder, "compare")
     assert re.search(r"^ +lightgbm ", compared.stdout, re.M)
@@ -188,7 +189,7 @@ def test_another_model_is_compared_and_deployed(folder):
 def test_another_metric_decides_in_all_three(folder):
     """A missed cancer costs ten times a false alarm; of costs, the scripts take the negative."""
     edited(folder, SCRIPTS[0], PARAM_GRID={"max_depth": [1, 9], "n_estimators": [5]})
-    edited(folder, SCRIPTS[1], REPEATS=2)
+    edited(folder, SCRIPTS[1], **TWO_CANDIDATES)
     *_, last = block_with("def mean_cost").splitlines()
     assert last == '    scripts[command].main(["--metric", "cost", *options])'
     commands = ("tune", "compare", "deploy")  # one after the other, to import everything once
