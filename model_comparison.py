@@ -278,8 +278,9 @@ def correlated_t_test(differences, rope, folds):
     Bengio, Machine Learning 52, 2003).
     """
     n = len(differences)
-    if n != len(folds):
-        raise ValueError(f"{n} differences, but {len(folds)} folds")
+    n_folds = len({tuple(test) for train, test in folds})
+    if n != n_folds:
+        raise ValueError(f"{n} differences, but {n_folds} different folds")
     variance = np.var(np.asarray(differences), ddof=1)
     if rope != 0 and not rope >= variance**0.5 / 100:
         raise ValueError(f"a rope of {rope} does not fit the scores: it has their unit")

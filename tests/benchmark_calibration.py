@@ -36,7 +36,8 @@ SHARED, OWN, REFIT = 0.86, 0.10, 0.04
 LIMITS = (0, 0.05, RISK, 0.5, 1 - RISK, 0.95, 1)  # of the second table
 VERDICTS = ("leads", "as good", "probably as good", "undecided", "probably worse", "worse")
 # Only how many rows each fold trains and scores on matters here.
-SIZES = [(range(ROWS - ROWS // FOLDS), range(ROWS // FOLDS))] * (FOLDS * REPEATS)
+SIZE = ROWS // FOLDS
+SIZES = [(range(ROWS - SIZE), range(n, n + SIZE)) for n in range(FOLDS * REPEATS)]
 
 
 def simulate_scores(accuracies, rng, rows=ROWS, repeats=REPEATS, n_folds=FOLDS):

@@ -97,7 +97,8 @@ def fold_scores(comparison):
 @pytest.mark.parametrize("rope", [0.01, 0.002])
 def test_probabilities_are_those_of_the_package_by_the_authors_of_the_test(n_folds, rope):
     """baycomp takes it that all folds are equally large, as these are."""
-    folds = [(range(100 - 100 // n_folds), range(100 // n_folds))] * 30
+    size = 100 // n_folds
+    folds = [(range(100 - size), range(n, n + size)) for n in range(30)]
     rng = np.random.default_rng(1)
     for shift in (-0.02, 0, 0.015):
         scores, others = rng.normal(0.9, 0.02, (2, 30))
@@ -107,25 +108,26 @@ def test_probabilities_are_those_of_the_package_by_the_authors_of_the_test(n_fol
 
 
 def test_differences_that_are_constant_leave_no_doubt():
-    folds = [(range(80), range(20))] * 10
+    folds = [(range(80), range(n, n + 20)) for n in range(10)]
     for difference, expected in [(0, [0, 1, 0]), (-0.02, [1, 0, 0]), (0.02, [0, 0, 1])]:
         chances = script.correlated_t_test(np.full(10, difference), 0.01, folds)
         assert [chances[chance] for chance in CHANCES] == pytest.approx(expected, abs=1e-12)
 
 
 def test_what_cannot_be_right_is_refused():
-    folds = [(range(80), range(20))] * 10
+    folds = [(range(80), range(n, n + 20)) for n in range(10)]
     differences = np.random.default_rng(0).normal(0, 46, 10)
     script.correlated_t_test(differences, 0, folds)  # no rope at all is a choice
     for rope, scores in ((0.01, differences), (-50, differences), (50, [*differences[1:], np.nan])):
         with pytest.raises(ValueError, match="rope"):
             script.correlated_t_test(pd.Series(scores), rope, folds)
-    with pytest.raises(ValueError, match="10 differences, but 9 folds"):
-        script.correlated_t_test(differences, 10, folds[1:])
+    for fewer in (folds[1:], folds[1:] + folds[1:2]):
+        with pytest.raises(ValueError, match="10 differences, but 9 different folds"):
+            script.correlated_t_test(differences, 10, fewer)
 
 
 def test_the_margin_is_that_of_95_percent():
-    folds = [(range(80), range(20))] * 10
+    folds = [(range(80), range(n, n + 20)) for n in range(10)]
     differences = np.random.default_rng(0).normal(0.01, 0.02, 10)
     result = script.correlated_t_test(differences, 0.01, folds)
     spread = (differences.var(ddof=1) * (1 / 10 + 20 / 80)) ** 0.5
@@ -135,7 +137,7 @@ def test_the_margin_is_that_of_95_percent():
 
 def ranked_runs(p_worse, latency_ms, baseline=1.0):
     """Return models a, b, … as `find_best_models` does, the best first, and the baseline last."""
-    names = [*"abcdefghi"[: len(p_worse)], "baseline"]
+    names = [*"abcdefghij"[: len(p_worse)], "baseline"]
     columns = {"p_worse": [*p_worse, baseline], "latency_ms": [*latency_ms, 0.1]}
     scores = ["cv_accuracy", "test_accuracy", "fit_seconds"]
     return pd.DataFrame(columns | dict.fromkeys(scores, 0.9), index=names)
@@ -178,12 +180,11 @@ VERDICTS = [
 
 
 def test_a_verdict_is_as_firm_as_the_probability():
-    report = script.describe_comparison(
-        ranked_runs([p for p, _ in VERDICTS], [1] * len(VERDICTS)), "a", "accuracy"
-    )
+    p_worse = [0.0, *(p for p, _ in VERDICTS)]
+    report = script.describe_comparison(ranked_runs(p_worse, [1] * len(p_worse)), "a", "accuracy")
     lines = report.split("\n\n")[1].splitlines()[1:]
     said = [re.split(" {2,}", line.strip())[3] for line in lines]
-    assert said == [*(words for _, words in VERDICTS), "worse"]
+    assert said == ["the best", *(words for _, words in VERDICTS), "worse"]
 
 
 @pytest.mark.parametrize(("recommended", "why"), [("a", "best"), ("b", "faster"), (None, "base")])
