@@ -381,7 +381,7 @@ def load_data(csv, target, id_column, test_size):
     # text; 12 becomes 12.0 where some program has read it as a number.
     identity = X
     if id_column is not None:
-        identity = complete[id_column].astype(str).str.removesuffix(".0")
+        identity = complete[id_column].astype(str).str.removesuffix(".0").to_frame()
     groups = pd.util.hash_pandas_object(identity, index=False)
     held_out = is_held_out(groups, test_size)
     print(f"{name}: {len(y)} of {len(table)} rows can be used, {held_out.sum()} are held out")

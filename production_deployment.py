@@ -165,7 +165,7 @@ def main(argv=None):
         mlflow.log_text(guide, "deployment_guide.md")
 
     print("Predicting rows of the hold-out with the version in production\n", flush=True)
-    production = mlflow.pyfunc.load_model(f"models:/{name}@production")
+    production = load_model(f"models:/{name}@production", train)
     rows = test.X.head()
     rows = rows.iloc[:, :3].assign(actual=test.y, predicted=production.predict(rows))
     print(rows.to_string(index=False))
@@ -529,7 +529,7 @@ def load_data(csv, target, id_column, test_size):
     # text; 12 becomes 12.0 where some program has read it as a number.
     identity = X
     if id_column is not None:
-        identity = complete[id_column].astype(str).str.removesuffix(".0")
+        identity = complete[id_column].astype(str).str.removesuffix(".0").to_frame()
     groups = pd.util.hash_pandas_object(identity, index=False)
     held_out = is_held_out(groups, test_size)
     print(f"{name}: {len(y)} of {len(table)} rows can be used, {held_out.sum()} are held out")
