@@ -172,7 +172,7 @@ def main(argv=None):
     print(f"\n{guide}")
     print(where_to_look(deployment))
     if replaces is not None:
-        print("Undo: ", shlex.join(["python", sys.argv[0], "--rollback", "--name", name]))
+        print("Undo: ", shlex.join(["python", __file__, "--rollback", "--name", name]))
 
 
 def parse_args(argv):

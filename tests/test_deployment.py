@@ -195,7 +195,7 @@ def test_deployed_refused_rolled_back_and_forth(here, capsys):
     assert aliases() == {"staging": "3", "production": "2", "previous": "1"}
 
     (undo,) = re.findall(
-        "^Undo:  python production_deployment.py (.*)$", capsys.readouterr().out, re.M
+        "^Undo:  python \\S*production_deployment.py (.*)$", capsys.readouterr().out, re.M
     )
     deploy(*undo.split())
     assert aliases() == {"staging": "3", "production": "1", "previous": "2"}

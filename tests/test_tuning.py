@@ -127,7 +127,7 @@ def test_the_best_parameters_rebuild_the_forest_that_was_logged(params, folder, 
     with mlflow.start_run() as search:
         mlflow.log_param("rows", train.dataset.digest)
         script.log_best(best, params, forest, train, test, "accuracy", script.SCORERS["accuracy"])
-    tuned = model_comparison.load_tuned_forest(search.info.run_id, train.dataset.digest)
+    tuned = model_comparison.load_tuned_forest(search.info.run_id, train.dataset.digest, 42)
     assert params.items() <= tuned[-1].get_params().items()
     logged = mlflow.sklearn.load_model(f"runs:/{search.info.run_id}/model")
     rebuilt = tuned.fit(train.X, train.y)
