@@ -13,7 +13,7 @@ It leaves this in the store (sqlite:///mlflow.db, or MLFLOW_TRACKING_URI where t
 
     experiment hyperparameter-tuning
         run grid-search                 best trial and its scores, search.png, the model `model`
-            run max_depth=1, …          one for each trial: cv_accuracy, its error, fit_seconds
+            run max_depth=1, …          for each trial: cv_accuracy, cv_accuracy_se, fit_seconds
 """
 
 # /// script
@@ -89,7 +89,7 @@ SCORERS = {
     "f1": make_scorer(f1_score, **MACRO),
 }
 
-# A server installs these packages, in the versions that are used here.
+# A server that installs packages installs these, in the versions that are used here.
 PACKAGES = ["mlflow", "scikit-learn", "skops", "pandas", "numpy", "scipy"]
 
 # Types that skops loads only if they are named. Loading them runs no code.
@@ -249,7 +249,7 @@ def find_best_trials(search_id, metric, names):
 def log_best(best, params, model, train, test, metric, scorer):
     """Log the best trial to the active run; fit its model on all training rows, and log that too.
 
-    The hold-out scores the model once, and always predicting the most frequent class.
+    The hold-out scores it and the baseline, which predicts the most frequent class, once each.
     """
     mlflow.set_tag("best_trial", best.name)
     # model_comparison.py reads this file. A grid may hold numbers of NumPy, which JSON lacks.
@@ -427,13 +427,13 @@ def check_split(y, groups, held_out, test_size):
     """Raise UserError unless the hold-out has its share, and each class enough training rows."""
     if abs(held_out.mean() - test_size) > 0.1:
         raise UserError(
-            f"the hold-out would be {held_out.mean():.0%} of the rows, as they are few or many are "
-            "equal: name a column that tells them apart with --id"
+            f"the hold-out would be {held_out.mean():.0%} of the rows, as there are too few "
+            "different rows or IDs; --id names a column that tells rows apart"
         )
     in_training = groups.mask(held_out).groupby(y).nunique()
     if len(in_training) < 2 or in_training.min() < 5:
         raise UserError(
-            f"{y.name!r} needs 2 or more classes with 5 or more different training rows each, "
+            f"{y.name!r} needs 2 or more classes with 5 or more training rows (or IDs) each, "
             f"but has {in_training.nsmallest().to_dict()}"
         )
 

@@ -72,7 +72,7 @@ EXPERIMENT = "model-comparison"
 SEED = 42  # for the folds and the models
 TEST_SIZE = 0.2  # share of the rows held out: not used to choose a model
 FOLDS = 5
-REPEATS = 30  # the folds are shuffled anew this many times; a large table needs fewer
+REPEATS = 30  # the folds are shuffled anew this many times; a large table gets fewer
 
 # Region of practical equivalence, in units of the metric: a difference of up to this does not
 # matter.
@@ -93,7 +93,7 @@ SCORERS = {
     "f1": make_scorer(f1_score, **MACRO),
 }
 
-# A server installs these packages, in the versions that are used here.
+# A server that installs packages installs these, in the versions that are used here.
 PACKAGES = ["mlflow", "scikit-learn", "skops", "pandas", "numpy", "scipy"]
 
 # Types that skops loads only if they are named. Loading them runs no code.
@@ -278,9 +278,8 @@ def correlated_t_test(differences, rope, folds):
     Bengio, Machine Learning 52, 2003).
     """
     n = len(differences)
-    n_folds = len({tuple(test) for train, test in folds})
-    if n != n_folds:
-        raise ValueError(f"{n} differences, but {n_folds} different folds")
+    if n != len(folds):
+        raise ValueError(f"{n} differences, but {len(folds)} folds")
     variance = np.var(np.asarray(differences), ddof=1)
     if rope != 0 and not rope >= variance**0.5 / 100:
         raise ValueError(f"a rope of {rope} does not fit the scores: it has their unit")
@@ -346,7 +345,7 @@ def describe_comparison(ranked, recommended, metric):
 p_worse is the probability, for this data set and this split, of being worse than the best by more
 than {ROPE}. The best was chosen by these same scores, so its lead is a little too large.
 
-Means over the folds (precision, recall and F1 over the classes, too); on the hold-out, the score:
+The scores on the hold-out (test_), and means over the folds:
 
 {format_table(scores)}"""
 
@@ -471,13 +470,13 @@ def check_split(y, groups, held_out, test_size):
     """Raise UserError unless the hold-out has its share, and each class enough training rows."""
     if abs(held_out.mean() - test_size) > 0.1:
         raise UserError(
-            f"the hold-out would be {held_out.mean():.0%} of the rows, as they are few or many are "
-            "equal: name a column that tells them apart with --id"
+            f"the hold-out would be {held_out.mean():.0%} of the rows, as there are too few "
+            "different rows or IDs; --id names a column that tells rows apart"
         )
     in_training = groups.mask(held_out).groupby(y).nunique()
     if len(in_training) < 2 or in_training.min() < 5:
         raise UserError(
-            f"{y.name!r} needs 2 or more classes with 5 or more different training rows each, "
+            f"{y.name!r} needs 2 or more classes with 5 or more training rows (or IDs) each, "
             f"but has {in_training.nsmallest().to_dict()}"
         )
 

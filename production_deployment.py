@@ -14,7 +14,8 @@ Whoever loads models:/breast-cancer-classifier@production then gets the new vers
 It leaves this in the store (sqlite:///mlflow.db, or MLFLOW_TRACKING_URI where that is set):
 
     experiment production-deployment
-        run deployment          metrics of the gate, confusion.png, deployment_guide.md, `model`
+        run deployment          metrics of the gate, confusion.png; `model`, if trained here;
+                                deployment_guide.md, if promoted
         run rollback            which version it put back into production
     registered model breast-cancer-classifier
         version 1, 2, …         with its verdict; aliases staging, production and previous
@@ -99,7 +100,7 @@ METRICS = {
     "f1": partial(f1_score, **MACRO),
 }
 
-# A server installs these packages, in the versions that are used here.
+# A server that installs packages installs these, in the versions that are used here.
 PACKAGES = ["mlflow", "scikit-learn", "skops", "pandas", "numpy", "scipy"]
 
 # Types that skops loads only if they are named. Loading them runs no code.
@@ -167,8 +168,8 @@ def main(argv=None):
     print("Predicting rows of the hold-out with the version in production\n", flush=True)
     production = load_model(f"models:/{name}@production", train)
     rows = test.X.head()
-    rows = rows.iloc[:, :3].assign(actual=test.y, predicted=production.predict(rows))
-    print(rows.to_string(index=False))
+    shown = rows.iloc[:, :3].assign(actual=test.y, predicted=production.predict(rows))
+    print(shown.to_string(index=False))
     print(f"\n{guide}")
     print(where_to_look(deployment))
     if replaces is not None:
@@ -308,9 +309,9 @@ def describe_margins(metrics, gate, n_rows):
         table.loc[name, "margin"] = sign * (metrics.get(name, np.nan) - limit.threshold)
     text = indent(table.to_string(float_format="{:.4f}".format, na_rep=""), "    ")
     if "findable_loss" in metrics:
-        # Of fewer rows that only production has right, 96 % is seldom reached.
+        # If only production is right, on three rows or fewer, 96 % is not reached.
         text += f"\n\nOn {n_rows} rows, a loss is found 8 times of 10 if it is larger than "
-        text += "findable_loss and than 5 rows."
+        text += "findable_loss and than 5 rows (or IDs)."
     return text
 
 
@@ -355,7 +356,7 @@ def promote(name, version, replaces):
 
 
 def roll_back(name, to):
-    """Put an earlier version back into production: `to` is its number, or "previous".
+    """Put an earlier version back into production: `to` is its number or its alias.
 
     A second rollback to "previous" undoes the first. Raises UserError if there is no previous
     version, or as `promote` does.
@@ -575,13 +576,13 @@ def check_split(y, groups, held_out, test_size):
     """Raise UserError unless the hold-out has its share, and each class enough training rows."""
     if abs(held_out.mean() - test_size) > 0.1:
         raise UserError(
-            f"the hold-out would be {held_out.mean():.0%} of the rows, as they are few or many are "
-            "equal: name a column that tells them apart with --id"
+            f"the hold-out would be {held_out.mean():.0%} of the rows, as there are too few "
+            "different rows or IDs; --id names a column that tells rows apart"
         )
     in_training = groups.mask(held_out).groupby(y).nunique()
     if len(in_training) < 2 or in_training.min() < 5:
         raise UserError(
-            f"{y.name!r} needs 2 or more classes with 5 or more different training rows each, "
+            f"{y.name!r} needs 2 or more classes with 5 or more training rows (or IDs) each, "
             f"but has {in_training.nsmallest().to_dict()}"
         )
 

@@ -61,7 +61,7 @@ def check_against_the_script(rows=105, only_production=6, only_candidate=2):
     metrics = gate_metrics(judged, range(rows), accuracy_score, SEED)
     p, error = gate(only_production, only_candidate, rows)
     assert abs(p - metrics["p_worse_than_production"]) < 0.03
-    assert abs(error / metrics["below_production_se"] - 1) < 0.1
+    assert abs(error / (metrics["findable_loss"] / 2.6) - 1) < 0.1
 
 
 def share_refused(rows, disagreement, loss, simulations, rng):

@@ -121,9 +121,8 @@ def test_what_cannot_be_right_is_refused():
     for rope, scores in ((0.01, differences), (-50, differences), (50, [*differences[1:], np.nan])):
         with pytest.raises(ValueError, match="rope"):
             script.correlated_t_test(pd.Series(scores), rope, folds)
-    for fewer in (folds[1:], folds[1:] + folds[1:2]):
-        with pytest.raises(ValueError, match="10 differences, but 9 different folds"):
-            script.correlated_t_test(differences, 10, fewer)
+    with pytest.raises(ValueError, match="10 differences, but 9 folds"):
+        script.correlated_t_test(differences, 10, folds[1:])
 
 
 def test_the_margin_is_that_of_95_percent():

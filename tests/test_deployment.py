@@ -3,6 +3,7 @@
 import os
 import pwd
 import re
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -158,7 +159,7 @@ def test_the_margins_say_how_far_each_metric_is_within_its_limit():
     assert re.search(r"^ +score +0.9500 *$", text, re.M)
     assert re.search(r"latency_ms +60.0000 +at most 50 +-10.0000", text)
     assert re.search(r"acuracy +at most 50 *$", text, re.M)
-    assert text.endswith("if it is larger than findable_loss and than 5 rows.")
+    assert text.endswith("if it is larger than findable_loss and than 5 rows (or IDs).")
 
 
 # The registry: what moves, and what does not.
@@ -194,10 +195,9 @@ def test_deployed_refused_rolled_back_and_forth(here, capsys):
         deploy(LogisticRegression=Forgetful, TRUSTED=[*script.TRUSTED, f"{__name__}.Forgetful"])
     assert aliases() == {"staging": "3", "production": "2", "previous": "1"}
 
-    (undo,) = re.findall(
-        "^Undo:  python \\S*production_deployment.py (.*)$", capsys.readouterr().out, re.M
-    )
-    deploy(*undo.split())
+    (undo,) = re.findall("^Undo:  (.*)$", capsys.readouterr().out, re.M)
+    assert os.path.samefile(shlex.split(undo)[1], script.__file__)
+    deploy(*shlex.split(undo)[2:])
     assert aliases() == {"staging": "3", "production": "1", "previous": "2"}
     assert client.get_model_version(NAME, "1").current_stage == "Production"
     deploy("--rollback")

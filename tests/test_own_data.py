@@ -259,7 +259,7 @@ UNUSABLE = {
     "one class": (ROWS | {"y": "a"}, [], "2 or more classes"),
     "no class": (ROWS | {"y": [None] * 60}, [], "2 or more classes"),
     "target as ID": (ROWS, ["--id", "y"], "needs columns"),
-    "rare class": (ROWS | {"y": ["a"] * 57 + ["b"] * 3}, [], "or more different training rows"),
+    "rare class": (ROWS | {"y": ["a"] * 57 + ["b"] * 3}, [], "5 or more training rows"),
     "a quantity": (ROWS | {"y": np.arange(60) % 40 / 4}, [], "40 numbers: too many for classes"),
     "tiny table": ({"x": [1, 2, 3], "y": ["a", "b", "a"]}, [], "--id"),
     "few distinct rows": (ROWS | {"x": 1}, [], "--id"),
