@@ -151,21 +151,24 @@ def test_a_locked_store_ends_in_one_line(folder):
     ("script", "words"), [(SCRIPTS[1], "baseline  "), (SCRIPTS[2], "Registering")]
 )
 def test_ctrl_c_ends_every_run(script, words, folder):
-    process = subprocess.Popen(
-        [sys.executable, ROOT / script],
-        cwd=folder,
-        env=user_env(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    while words not in process.stdout.readline():
-        assert process.poll() is None
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=SOON)
+    for _ in range(2):
+        process = subprocess.Popen(
+            [sys.executable, ROOT / script],
+            cwd=folder,
+            env=user_env(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        while words not in process.stdout.readline():
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=SOON)
+        if process.returncode != 0:
+            break  # Python loses one that arrives in a finalizer, which is rare; then once more
     assert process.returncode == 130 and "Traceback" not in errors
     store(folder)
-    (parent,) = parents(EXPERIMENTS[SCRIPTS.index(script)])
+    *_, parent = parents(EXPERIMENTS[SCRIPTS.index(script)])
     assert parent.info.status == "FAILED"
     assert "RUNNING" not in {child.info.status for child in children(parent).values()}
 
