@@ -74,6 +74,7 @@ def test_the_metrics_of_the_gate():
     assert metrics["score"] == 0.8
     assert metrics["above_baseline"] == 0.2
     assert metrics["below_production"] == 0.2
+    assert metrics["findable_loss"] == pytest.approx(2.6 * (0.2 * 0.8 / 5) ** 0.5, rel=0.1)
     first = script.gate_metrics(judged("aabbb", "bbbbb", "aabba"), range(5), accuracy_score, 0)
     assert first == {"score": 0.8, "above_baseline": 0.2}
 

@@ -246,6 +246,7 @@ def test_the_printed_commands_lead_from_a_table_to_production(chain):
 # ---- What is refused
 
 ROWS = {"x": range(60), "y": ["a", "b"] * 30}
+HASHES = pd.util.hash_pandas_object(pd.DataFrame({"x": np.arange(60.0)}), index=False)
 UNUSABLE = {
     "missing file": (None, [], "No such file"),
     "empty file": ("", [], "No columns"),
@@ -260,6 +261,7 @@ UNUSABLE = {
     "no class": (ROWS | {"y": [None] * 60}, [], "2 or more classes"),
     "target as ID": (ROWS, ["--id", "y"], "needs columns"),
     "rare class": (ROWS | {"y": ["a"] * 57 + ["b"] * 3}, [], "5 or more training rows"),
+    "held-out class": (ROWS | {"y": np.where(HASHES % 1000 < 200, "a", "b")}, [], "{'a': 0, "),
     "a quantity": (ROWS | {"y": np.arange(60) % 40 / 4}, [], "40 numbers: too many for classes"),
     "tiny table": ({"x": [1, 2, 3], "y": ["a", "b", "a"]}, [], "--id"),
     "few distinct rows": (ROWS | {"x": 1}, [], "--id"),
